@@ -1,0 +1,45 @@
+"""The tree of errors. Each message says what was asked, what there is, and what to do."""
+
+
+class PatchclampError(Exception):
+    """Base of every error that a user can cause and mend; the command line prints it and leaves with code 2."""
+
+
+class SiteError(PatchclampError):
+    """A site that does not parse, or that this model does not have."""
+
+
+class ModelError(PatchclampError):
+    """A model that cannot be found, loaded or run as asked."""
+
+
+class FamilyError(ModelError):
+    """An architecture that is not understood; names the invariant that failed."""
+
+
+class TaskError(PatchclampError):
+    """A task that cannot be found, read or built; names the line or the words."""
+
+
+class AlignmentError(TaskError):
+    """Prompts of a pair that do not align token by token."""
+
+
+class BaselineError(PatchclampError):
+    """The model does not show the behaviour, so there is nothing to map."""
+
+
+class GateError(PatchclampError):
+    """Gates, fallbacks or edits that do not fit the model, the batch or each other."""
+
+
+class MetricError(PatchclampError):
+    """A metric that the batch or the method cannot serve."""
+
+
+class NumericsError(PatchclampError):
+    """NaN or infinite values where a number was needed; names the place."""
+
+
+class StoreError(PatchclampError):
+    """A run folder that is damaged, foreign or cannot be written."""

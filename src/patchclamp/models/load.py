@@ -1,0 +1,96 @@
+"""Loading: from a hub name, a folder, the zoo, or a model object."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchclamp.errors import ModelError
+
+
+def load(
+    source: Any, *, tokenizer: Any, dtype: Any, device: Any, device_map: Any, revision: str | None, trust_remote_code: bool,
+    quantization_config: Any,
+) -> tuple[Any, Any, str]:  # fmt: skip
+    """The transformers model, its tokenizer and its name."""
+    if not isinstance(source, str | os.PathLike):
+        from patchclamp.models.model import require_text_model
+
+        require_text_model(source)
+        for option, given in {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision}.items():
+            if given is not None:
+                raise ModelError(f"{option}={given!r} was asked of a model object, which stays as it is: move it yourself, then load it")
+        name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+        return source, _tokenizer(tokenizer, None, name, None, trust_remote_code), name
+    name = str(source)
+    where = resolve(name)
+    model = _model(where, name, dtype, device, device_map, revision, trust_remote_code, quantization_config)
+    return model, _tokenizer(tokenizer, where, name, revision, trust_remote_code), name
+
+
+def resolve(name: str) -> str:
+    """`zoo/NAME` becomes the folder that ships with the package; an existing folder stays; the rest are hub names."""
+    if name.startswith("zoo/"):
+        root = Path(str(files("patchclamp"))) / "zoo"
+        folder = root / name.removeprefix("zoo/")
+        if not (folder / "config.json").is_file():
+            there = sorted(f"zoo/{path.parent.name}" for path in root.glob("*/config.json"))
+            raise ModelError(f"there is no shipped model {name!r}: there is {', '.join(there) or 'none'}")
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} is a folder without config.json: give the folder that a model was saved to")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no folder {name}: give a folder with config.json and weights, a hub name, or zoo/small")
+    return name
+
+
+def _model(where: str, name: str, dtype: Any, device: Any, device_map: Any, revision: str | None, trust: bool, quantization: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"trust_remote_code": trust, "dtype": dtype or "auto"}
+    options |= {key: value for key, value in
+                {"revision": revision, "device_map": device_map, "quantization_config": quantization}.items() if value is not None}  # fmt: skip
+    if Path(where).is_dir():
+        _only_safetensors(Path(where), name)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the model {name!r} could not be loaded: {reason}") from error
+    model.eval()
+    if device_map is None and quantization is None and getattr(model, "hf_quantizer", None) is None:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model
+
+
+def _only_safetensors(folder: Path, name: str) -> None:
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        if pickled:
+            raise ModelError(
+                f"{name} holds weights as {pickled[0]} only: pickle files are not read; save it again with safe_serialization"
+            )
+        raise ModelError(f"{name} holds no *.safetensors weights")
+
+
+def _tokenizer(given: Any, where: str | None, name: str, revision: str | None, trust: bool) -> Any:
+    if given is not None and not isinstance(given, str | os.PathLike):
+        return given
+    place = resolve(str(given)) if given is not None else where
+    if place is None:
+        return None
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust}
+    if revision is not None and given is None:
+        options["revision"] = revision
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the tokenizer of {name!r} could not be loaded: {reason}; give one with tokenizer=") from error

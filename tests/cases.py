@@ -1,0 +1,62 @@
+"""Cases that the conformance suites walk: tiny seeded models of every family."""
+
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GPT: dict[str, Any] = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_PLAIN: dict[str, Any] = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT,
+    "gpt_neox": _PLAIN,
+    "gpt_neox-sequential": _PLAIN | {"use_parallel_residual": False},
+    "llama": SIZES,
+    "qwen2": SIZES,
+    "qwen3": SIZES,
+    "gemma2": SIZES | {"sliding_window": 4},
+    "gemma3_text": SIZES | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3": {"text_config": SIZES | {"sliding_window": 4}, "vision_config": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14}},
+    "mistral": SIZES | {"sliding_window": 4},
+    "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    "opt": _PLAIN | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi": SIZES | {"num_key_value_heads": 4},
+    "phi3": SIZES,
+    "olmo2": SIZES,
+    "gpt_oss": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    "cohere": SIZES,
+    "granite": SIZES | {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 1.5, "attention_multiplier": 0.4},
+    "smollm3": SIZES,
+    "bloom": {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "falcon": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "falcon-new": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2,
+                   "new_decoder_architecture": True, "bos_token_id": 1, "eos_token_id": 2},
+    "falcon-alibi": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True,
+                     "parallel_attn": False, "multi_query": False, "bos_token_id": 1, "eos_token_id": 2},
+    "gptj": _GPT | {"rotary_dim": 4},
+    "gpt_neo": {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                "window_size": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
+}  # fmt: skip
+"""Configurations by family; a name after a dash is a variant. Weights are drawn large enough for every part to matter."""
+
+
+def tiny(name: str, attention: str = "eager", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A seeded tiny transformers model of the family."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config: Any = AutoConfig.for_model(name.partition("-")[0], **CONFIGS[name])
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.to(dtype).eval()
