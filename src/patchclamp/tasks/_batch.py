@@ -37,6 +37,8 @@ class Batch:
     sign: Float[Tensor, " row"]
     spans: Mapping[str, Int[Tensor, "row 2"]]
     examples: "tuple[Example, ...]"
+    metric: str = "logit_diff"
+    """The task's metric, by name."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -53,7 +55,9 @@ class Batch:
         return replace(self, tokens=self.corrupt, corrupt=self.tokens)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
+        """The same batch on another device (itself, where it is there already)."""
+        if self.tokens.device == torch.device(device):
+            return self
         moved = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }

@@ -99,7 +99,7 @@ class Examples:
         chosen = self.items if indices is None else self.take(indices).items
         if not chosen:
             raise TaskError(f"a batch of no examples was asked of {self.task!r}, which has {len(self)}")
-        return make_batch(chosen, self.pad)
+        return replace(make_batch(chosen, self.pad), metric=self.metric)
 
     def batches(self, size: int) -> Iterator["Batch"]:
         """Batches of `size` examples in order; the last may be smaller."""

@@ -1,7 +1,10 @@
 """Loading a task: by the name of a file in this folder, a dotted name, a path, or rows."""
 
+import difflib
 import importlib
+import importlib.util
 import inspect
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from patchclamp.errors import TaskError
 from patchclamp.tasks._chat import Chat
+from patchclamp.tasks._read import read_task, rows_task, suffixes
 from patchclamp.tasks._task import Task
 
 _HERE = Path(__file__).parent
@@ -61,19 +65,71 @@ def load_task(
 
 def _found(source: Any, columns: Mapping[str, str] | None, options: Mapping[str, object]) -> Task:
     if isinstance(source, str) and source in task_names():
-        return _built(importlib.import_module(f"patchclamp.tasks.{source}"), source, "task", options)
-    raise TaskError(f"there is no task {source!r}: built in are {', '.join(task_names())}")
+        module = importlib.import_module(f"patchclamp.tasks.{source}")
+        return _built(module, source, "task", _no_columns(source, columns, options))
+    if not isinstance(source, str | Path):
+        return rows_task(source, columns, **parsed_options(_row_options, "rows", options))
+    path = Path(source)
+    if path.suffix in suffixes():
+        return read_task(path, columns, **parsed_options(_row_options, path.name, options))
+    if path.suffix == ".py":
+        return _built(_file_module(path), path.stem, "task", _no_columns(path.name, columns, options))
+    name, _, attribute = str(source).partition(":")
+    if attribute or "." in name:
+        return _built(_dotted_module(name), name, attribute or "task", _no_columns(name, columns, options))
+    near = difflib.get_close_matches(name, task_names(), 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise TaskError(
+        f"there is no task {name!r}{hint}: built in are {', '.join(task_names())}; a task of your own is a file that ends in "
+        f"{', '.join(suffixes())} or .py, or a dotted name"
+    )
+
+
+def _row_options(*, mirrors: bool = True) -> dict[str, bool]:
+    """What a file of rows takes as options: whether `wrong` is right after `corrupt`."""
+    return {"mirrors": mirrors}
+
+
+def _no_columns(name: str, columns: Mapping[str, str] | None, options: Mapping[str, object]) -> Mapping[str, object]:
+    if columns:
+        raise TaskError(f"{name!r} is a program, not a table: it has no columns to be named")
+    return options
+
+
+def _file_module(path: Path) -> types.ModuleType:
+    if not path.is_file():
+        raise TaskError(f"there is no task file {str(path)!r}")
+    name = f"patchclamp_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a file that ends in .py has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses in the file look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own code raises
+        del sys.modules[name]
+        raise TaskError(f"the task file {str(path)!r} fails when run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _dotted_module(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the user's own code raises
+        raise TaskError(f"the task module {name!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _built(module: types.ModuleType, name: str, attribute: str, options: Mapping[str, object]) -> Task:
     """A task from a module: what its factory makes of the options, or its `TASK`."""
     factory = getattr(module, attribute, None)
-    if callable(factory):
+    if isinstance(factory, Task):
+        made = factory
+    elif callable(factory):
         made = factory(**parsed_options(factory, name, options))
     else:
         made = getattr(module, "TASK", None)
-        if options and made is not None:
-            raise TaskError(f"the task {name!r} has no options, and {', '.join(options)} was given")
+    if options and not callable(factory):
+        raise TaskError(f"the task {name!r} has no options, and {', '.join(options)} was given")
     if not isinstance(made, Task):
         raise TaskError(f"{name!r} holds no task: give it TASK, or a function {attribute}(**options) that returns a Task")
     return made
