@@ -1,0 +1,85 @@
+"""Methods: how much each part matters, one method a file. The folder is the registry: `--method exact` finds methods/exact.py.
+
+A method is a function `samples(parts, batch, fallback, metric, seed) -> [part, example]`: each counted part's effect on each
+example's benefit (the metric, signed so that more is better). Positive: the part facilitates the behaviour.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchclamp.errors import MetricError, NumericsError
+from patchclamp.metrics import Metric, metric_named
+from patchclamp.parts import Fallback, Parts
+from patchclamp.scores import Scores
+from patchclamp.tasks import Examples
+from patchclamp.tasks._batch import Batch
+
+Samples = Callable[[Parts, Batch, Fallback, Metric, int], Float[Tensor, "part example"]]
+Direction = Literal["noising", "denoising"]
+
+
+def method_names() -> tuple[str, ...]:
+    """The methods there are."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
+
+
+def method_named(name: str) -> Samples:
+    """The method called `name`; raises `MetricError` naming those there are."""
+    if name not in method_names():
+        raise MetricError(f"there is no method {name!r}: choose from {', '.join(method_names())}")
+    return importlib.import_module(f"{__name__}.{name}").samples
+
+
+def attribute(
+    parts: Parts,
+    examples: Examples,
+    fallback: Fallback,
+    method: str = "exact",
+    *,
+    metric: str | Metric | None = None,
+    direction: Direction = "noising",
+    batch_size: int = 64,
+    seed: int = 0,
+    about: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """How much each part matters, with intervals.
+
+    Args:
+        parts: which parts (`nodes(model)`).
+        examples: on which prompts.
+        fallback: what a closed gate passes (`parts.fallback(...)`).
+        method: exact, gradient, integrated, random.
+        metric: by default the task's.
+        direction: "noising" closes a part on the clean prompt, score = benefit(open) - benefit(closed); "denoising" runs the
+            corrupt prompt and a closed gate puts in the clean value, score = benefit(closed) - benefit(open). In both,
+            positive means that the part's clean value helps.
+        batch_size: examples at once.
+        seed: of the bootstrap, and of methods that draw.
+        about: provenance to add.
+        progress: called with (examples done, examples in all).
+
+    Cost: that of the method, per batch (see its file); F is one forward pass over the examples.
+    """
+    chosen = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
+    samples, pieces, done = method_named(method), [], 0
+    for whole in examples.batches(batch_size):
+        batch = whole.swapped() if direction == "denoising" else whole
+        pieces.append(samples(parts, batch, fallback, chosen, seed))
+        done += len(whole)
+        if progress is not None:
+            progress(done, len(examples))
+    table = torch.cat(pieces, 1) * (-1.0 if direction == "denoising" else 1.0)
+    if not bool(torch.isfinite(table).all()):
+        raise NumericsError(f"the method {method} gave values that are not finite: try float32, or another fallback than {fallback.kind}")
+    sites = [parts.labels[number] for number in parts.counted]
+    facts = {"method": method, "metric": chosen.name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
+             "direction": direction, "model": parts.model.name, "task": examples.task}  # fmt: skip
+    groups = [example.group or str(number) for number, example in enumerate(examples)]
+    return Scores.from_samples(sites, table.cpu().double().numpy(), {**facts, **(about or {})}, groups=groups, seed=seed)

@@ -1,0 +1,23 @@
+"""Gradient: the slope of the benefit in each gate with every gate open (attribution patching; Nanda 2023, Syed et al. 2310.10348).
+
+score(part) = d benefit / d gate at gate = 1, which is <value - fallback, d benefit / d value>: the first-order estimate of what
+closing the gate takes.   Cost: one forward and one backward pass.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from patchclamp.errors import MetricError
+from patchclamp.metrics import Metric
+from patchclamp.parts import Fallback, Parts
+from patchclamp.tasks._batch import Batch
+
+
+def samples(parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, seed: int) -> Float[Tensor, "part example"]:
+    """[part, example]; raises `MetricError` for a metric whose slope is identically zero at the open run (KL to it)."""
+    if metric.reference:
+        raise MetricError(
+            f"the gradient of {metric.name} is identically zero at the open run, where it has its minimum: use logit_diff, or integrated"
+        )
+    slopes = parts.gradient(batch, parts.open(), fallback, metric)[1][0]
+    return metric.sign * slopes[:, list(parts.counted)].T
