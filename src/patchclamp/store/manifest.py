@@ -1,0 +1,82 @@
+"""The manifest of a run: which steps and files are finished, with their hashes, under a hash of its own."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from patchclamp.errors import StoreError
+from patchclamp.store.codec import dumps
+from patchclamp.store.files import write_atomically
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step: its files with their SHA-256, how long it took in seconds."""
+
+    files: Mapping[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is finished of a run.
+
+    Args:
+        digest: the identity of the question.
+        task, model: what it is about, for lists of runs.
+        created: when it began, ISO 8601.
+        steps: finished steps in the order in which they finished.
+        files: other files with their SHA-256.
+        headline: what was found, once the study is kept.
+        status: "unfinished" or "finished".
+    """
+
+    digest: str
+    task: str
+    model: str
+    created: str
+    steps: Mapping[str, Step] = field(default_factory=dict[str, Step])
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    headline: str = ""
+    status: str = "unfinished"
+
+    def with_step(self, name: str, step: Step) -> "Manifest":
+        return replace(self, steps={**self.steps, name: step})
+
+    def with_files(self, files: Mapping[str, str]) -> "Manifest":
+        return replace(self, files={**self.files, **files})
+
+    def write(self, folder: Path) -> None:
+        body: dict[str, Any] = {"format": FORMAT, **vars(self), "steps": {name: vars(step) for name, step in self.steps.items()}}
+        write_atomically(folder / NAME, dumps({**body, "sha256": _hash(body)}).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises `StoreError` where the folder is no run, was written by a newer version, or its manifest is damaged."""
+        path = folder / NAME
+        if not path.is_file():
+            raise StoreError(f"{folder} is not a run: there is no {NAME} in it. `patchclamp runs` lists the runs there are")
+        try:
+            body: dict[str, Any] = json.loads(path.read_text())
+            wanted = body.pop("sha256")
+            intact = wanted == _hash(body)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            intact, body = False, {}
+        if not intact:
+            raise StoreError(f"{path} is damaged: delete the folder {folder}, or give another one with --out, and run again")
+        if body.pop("format") != FORMAT:
+            raise StoreError(
+                f"{folder} was written by another version of Patchclamp: read it with that version, or choose another --out"
+            )
+        body["steps"] = {name: Step(**step) for name, step in body["steps"].items()}
+        return cls(**body)
+
+
+def _hash(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,210 @@
+"""A made-up study of 5 layers x 8 heads, shaped like a real one, for the tests of store and report."""
+
+import numpy as np
+import polars as pl
+
+from patchclamp.circuit import Circuit
+from patchclamp.scores import Agreement, Scores
+from patchclamp.scores.statistics import Interval
+from patchclamp.sites import Site
+from patchclamp.store.record import (
+    Baseline,
+    Claim,
+    ModelInfo,
+    Null,
+    Patterns,
+    Prompt,
+    Provenance,
+    Record,
+    TaskInfo,
+    Trust,
+)
+
+PARTS = [
+    Site("embed"),
+    *(site for layer in range(5) for site in (*(Site("head", layer, i) for i in range(8)), Site("mlp", layer))),
+]
+STRONG = {
+    "L0.h3": 0.8,
+    "L0.mlp": 1.4,
+    "L1.h5": 0.6,
+    "L2.h2": 1.1,
+    "L3.h6": 2.3,
+    "L4.h1": 1.7,
+    "L4.h6": -1.2,
+    "L3.h0": -0.5,
+    "L4.mlp": 0.4,
+}
+TOKENS = ("<s>", "When", " Mary", " and", " John", " went", " to", " the", " store", ",", " John", " gave", " a", " drink", " to")
+
+
+def fake_record(hostile: str = "") -> Record:
+    """The study; `hostile` is put into every text that comes from models and tasks."""
+    random = np.random.default_rng(7)
+    samples = np.stack([random.normal(STRONG.get(str(site), 0.0), 0.6, size=120) for site in PARTS])
+    exact = Scores.from_samples(PARTS, samples, {"method": "exact"}).table
+    model = ModelInfo(f"zoo/small{hostile}", "llama", 5, (8,) * 5, 1_843_200, "9f2c" * 16)
+    task = TaskInfo(
+        f"ioi{hostile}", "the indirect object of a sentence with two names", "41aa" * 16, 256, 128, 120, {"two tokens": 14}, 0.09
+    )
+    return Record(
+        headline="zoo/small names the indirect object with 7 of 45 parts; L4.h6 and L3.h0 work against it.",
+        plan={"metric": "logit_diff", "fallback": "resample", "seed": 0, "gating": {"lambda": 0.1, "seeds": 4}},
+        provenance=Provenance(
+            model, task, {"patchclamp": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}, "cpu, 2 threads", (0, 1, 2, 3),
+            {"baseline": 0.8, "roles": 24.1, "scores": 3.2, "exact": 6.7, "circuit": 4.4, "trust": 8.0}, 812_000_000,
+            "0f3a9c21b7de" * 5 + "ab12", "patchclamp map zoo/small ioi --seed 0", "2026-03-04T10:12:13+00:00",
+        ),
+        baseline=Baseline("logit_diff", Interval(3.21, 3.02, 3.4, 120), Interval(-3.18, -3.37, -2.99, 120), 0.99, 0.95, 0.09, 120),
+        scores=scores_frame(exact, random),
+        fallbacks=("resample", "mean"),
+        agreement={
+            "gradient": Agreement(0.81, 0.66, 1, 9, "L4.h6", 46),
+            "integrated": Agreement(0.93, 0.8, 0, 9, "L3.h0", 46),
+            "random": Agreement(-0.04, -0.02, 5, 9, "L3.h6", 46),
+            "second fallback": Agreement(0.88, 0.71, 0, 9, "L0.mlp", 46),
+            "random prefixes": Agreement(0.95, 0.84, 0, 9, "L1.h5", 46),
+            "gate": Agreement(0.74, 0.6, 0, 9, "L4.mlp", 46),
+        },
+        nulls=(
+            Null("shuffled answers", 0.022, 0.0, 0.41, 0.12, 45, 4),
+            Null("re-initialised weights", 0.0, 0.0, 0.33, 0.27, 45, 4),
+        ),
+        toggles=toggles_frame(),
+        toggled="log-probability of the answer",
+        curve=curve_frame(),
+        random=random_frame(random),
+        circuit=Circuit([name for name, value in STRONG.items() if value > 0], {"method": "threshold", "faithfulness": 0.9}),
+        trust=Trust(
+            Interval(0.93, 0.9, 0.96, 120), Interval(0.14, -0.06, 0.36, 100), 100, Interval(0.11, 0.08, 0.15, 120),
+            {name: round(0.1 + abs(value) / 4, 3) for name, value in STRONG.items() if value > 0}, 0.82,
+        ),
+        examples=examples(random, hostile),
+        patterns=patterns(random, hostile),
+        claims=claims(),
+        warnings=("Answers of 14 pairs take two tokens: these pairs were dropped.",),
+    )  # fmt: skip
+
+
+def scores_frame(exact: pl.DataFrame, random: np.random.Generator) -> pl.DataFrame:
+    names, n = exact["site"].to_list(), exact.height
+    true = np.array([STRONG.get(name, 0.0) for name in names])
+    plus = np.clip(np.where(true < 0, 0.04, 0.96) + random.normal(0, 0.02, n), 0, 1)
+    minus = np.clip(np.where(true > 0, 0.95, 0.05) + random.normal(0, 0.02, n), 0, 1)
+    gate = np.clip(0.5 + true / 2, 0.02, 0.98)
+    role = ["facilitating" if v > 0.3 else "interfering" if v < -0.3 else "irrelevant" for v in true]
+    role[names.index("L1.h2")], role[names.index("L2.h7")] = "undecided", "redundant"
+    frame = exact.rename({"score": "exact", **{name: f"exact_{name}" for name in ("low", "high", "p", "q")}}).with_columns(
+        second=pl.Series(true * 0.8 + random.normal(0, 0.05, n)),
+        gradient=pl.Series(true * 1.2 + random.normal(0, 0.2, n)),
+        integrated=pl.Series(true + random.normal(0, 0.08, n)),
+        random=pl.Series(random.normal(0, 1, n)),
+        shifted=pl.Series(true * 0.95 + random.normal(0, 0.06, n)),
+        gate=pl.Series(gate),
+        gate_plus=pl.Series(plus),
+        gate_minus=pl.Series(minus),
+        facilitation=pl.Series(minus),
+        interference=pl.Series(1 - plus),
+        irrelevance=pl.Series((1 - minus) * plus),
+        role=pl.Series(role),
+        any_seed=pl.Series([f"{r} / irrelevant" if r in ("undecided", "redundant") else r for r in role]),
+        every_seed=pl.Series(["" if r in ("undecided", "redundant") else r for r in role]),
+        fragile=pl.Series([name in ("L4.mlp", "L3.h0") for name in names]),
+        redundant_with=pl.Series(["L2.h2" if name == "L2.h7" else "" for name in names]),
+        null_exact=pl.Series(random.normal(0, 0.05, n)),
+        null_gate_plus=pl.Series(np.clip(random.normal(0.7, 0.2, n), 0, 1)),
+        null_gate_minus=pl.Series(np.clip(random.normal(0.3, 0.2, n), 0, 1)),
+        note=pl.Series(["gates say facilitating, the exact effect is zero" if r == "undecided" else "" for r in role]),
+    )
+    wide = [(name, 0.15) for name in ("second", "shifted")] + [(name, 0.05) for name in ("gate", "gate_plus", "gate_minus")]
+    return frame.with_columns(
+        *((pl.col(name) - width).alias(f"{name}_low") for name, width in wide),
+        *((pl.col(name) + width).alias(f"{name}_high") for name, width in wide),
+    )
+
+
+def toggles_frame() -> pl.DataFrame:
+    k = np.arange(20)
+    return pl.concat(
+        pl.DataFrame({"order": order, "k": k, "value": value, "low": value - 0.2, "high": value + 0.2})
+        for order, value in (
+            ("gate", -0.2 - 4 * (1 - np.exp(-k / 3))), ("exact", -0.2 - 4 * (1 - np.exp(-k / 2.6))), ("random", -0.2 - 0.2 * k)
+        )
+    )  # fmt: skip
+
+
+def curve_frame() -> pl.DataFrame:
+    k = np.array([0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 45])
+    value = np.array([0, 0.1, 0.34, 0.55, 0.84, 0.93, 1.04, 1.09, 1.06, 1.02, 1.0])
+    low, high = value - 0.04 * (k % 45 > 0), value + 0.04 * (k % 45 > 0)
+    return pl.DataFrame({"k": k, "faithfulness": value, "low": low, "high": high, "completeness": 1 - np.minimum(value, 0.92)})
+
+
+def random_frame(random: np.random.Generator) -> pl.DataFrame:
+    rows = [
+        {"k": k, "draw": draw, "faithfulness": float(k / 45 * 0.6 + (k == 45) * 0.4 + (0 < k < 45) * random.normal(0, 0.1))}
+        for k in (0, 3, 7, 15, 30, 45) for draw in range(100)
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def marked(hostile: str) -> tuple[str, ...]:
+    return tuple(token + (hostile if token == "," else "") for token in TOKENS)
+
+
+def examples(random: np.random.Generator, hostile: str) -> tuple[Prompt, ...]:
+    names = ((" Mary", " John"), (" Anna", " Peter"), (" Ruth", " Tom"))
+    out: list[Prompt] = []
+    for right, wrong in names:
+        tokens = tuple(
+            token.replace(" Mary", right).replace(" John", wrong) + (hostile if token == "," else "") for token in TOKENS
+        )
+        chance = (None, *(float(p) for p in random.beta(0.6, 1.2, len(TOKENS) - 1)))
+        corrupt = (*tokens[:10], right, *tokens[11:])
+        out.append(Prompt(tokens, chance, right, 0.91, 3.4, wrong, 0.03, corrupt))
+    return tuple(out)
+
+
+def patterns(random: np.random.Generator, hostile: str) -> Patterns:
+    n = len(TOKENS)
+    weights = np.tril(random.exponential(1, size=(4, n, n)) ** 3)
+    for head, target in enumerate((2, 4, 10, 0)):
+        weights[head, target:, target] += 25
+    weights /= weights.sum(-1, keepdims=True)
+    return Patterns(
+        ("L3.h6", "L4.h1", "L2.h2", "L4.h6"), tuple(token + (hostile if token == "," else "") for token in TOKENS), weights
+    )
+
+
+def claims() -> tuple[Claim, ...]:
+    scope = "zoo/small, ioi, 120 prompts not used for fitting, logit difference, resample fallback"
+    return (
+        Claim(
+            "L3.h6 facilitates the behaviour.",
+            scope,
+            "Closing it alone costs 2.3 [2.2, 2.4] of 3.2; facilitating in 4 of 4 seeds.",
+            "Closing L3.h6 on new prompts leaves the logit difference where it was.",
+            "supported",
+        ),
+        Claim(
+            "Seven parts are enough.",
+            scope,
+            "Faithfulness .93 [.90, .96]; random circuits of 7 parts .14 [-.06, .36].",
+            "Closing every other part on new prompts takes more than a fifth of the logit difference.",
+            "supported",
+        ),
+        Claim(
+            "L1.h2 facilitates the behaviour.",
+            scope,
+            "Gates keep it in 3 of 4 seeds; its exact effect is 0.02 [-0.08, 0.12].",
+            "Closing L1.h2 alone or with its substitutes changes nothing.",
+            "not supported",
+        ),
+        Claim(
+            "The circuit works in longer texts.",
+            scope,
+            "No texts longer than 16 tokens were tried.",
+            "The same prompts after a paragraph of other text take away the effects.",
+            "not tested",
+        ),
+    )
