@@ -54,7 +54,7 @@ KINDS: dict[str, Kind] = {
     "q": Kind(HEADS, True, "attention tap: queries after rotary embedding and norms", "no softmax attention in the layer", 2),
     "k": Kind(KV, True, "attention tap: keys after rotary embedding, norms and cache", "no softmax attention in the layer", 3),
     "v": Kind(KV, True, "attention tap: values after cache", "no softmax attention in the layer", 4),
-    "scores": Kind(MAPS, True, "attention tap: input of softmax (scaled, capped, masked; a sink is the last key)",
+    "scores": Kind(MAPS, True, "attention tap: input of softmax (scaled, capped, masked; a sink's column is left out)",
                    "a fused kernel that never forms them (eager attention is switched on for the call)", 5),
     "pattern": Kind(MAPS, True, "attention tap: output of softmax (with a sink, rows of real keys sum to less than 1)",
                     "a fused kernel that never forms it (eager attention is switched on for the call)", 6),
@@ -130,11 +130,10 @@ class Site:
 
     @property
     def key(self) -> tuple[int, int, int, int, int, str]:
-        """Sorting key: forward order, then index, then position."""
+        """Sorting key: forward order, then index, then dictionary and position (from the start, from the end, by name)."""
         layer = {"embed": -1, "final": 10**6, "logits": 10**6 + 1}.get(self.kind, self.layer if self.layer is not None else -1)
-        none = -1
-        return (layer, KINDS[self.kind].order, none if self.index is None else self.index, none if self.sub is None else self.sub,
-                none if self.feature is None else self.feature, "" if self.position is None else str(self.position))
+        index, sub, feature = (-1 if number is None else number for number in (self.index, self.sub, self.feature))
+        return (layer, KINDS[self.kind].order, index, sub, feature, f"{self.dictionary or ''}@{_position_key(self.position)}")
 
     def __lt__(self, other: "Site") -> bool:
         return self.key < other.key
@@ -177,6 +176,12 @@ class Edge:
 
     def __lt__(self, other: "Edge") -> bool:
         return self.key < other.key
+
+
+def _position_key(position: int | str | None) -> str:
+    if isinstance(position, int):
+        return f"{position if position >= 0 else 10**9 + position:010d}"
+    return position or ""
 
 
 _FORMS: list[tuple[re.Pattern[str], str]] = [
