@@ -1,0 +1,61 @@
+"""Models that ship: trained ones (`names()`, loaded as `Model.load("zoo/small")`) and hand-wired ones (`wired("induction")`)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patchclamp.errors import ModelError
+
+if TYPE_CHECKING:
+    from patchclamp.zoo._wired import Wired
+
+__all__ = ["describe", "names", "path", "wired", "wired_names"]
+
+ROOM = Path(__file__).parent
+
+
+def names() -> tuple[str, ...]:
+    """The trained models that ship: every folder here that holds a config.json."""
+    return tuple(sorted(config.parent.name for config in ROOM.glob("*/config.json")))
+
+
+def path(name: str) -> Path:
+    """The folder of a trained model: config, weights, tokenizer, README.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if name not in names():
+        raise ModelError(f"the zoo has no trained model {name!r}: choose from {', '.join(names())}")
+    return ROOM / name
+
+
+def describe(name: str) -> str:
+    """What a trained model can do and how it was trained: its README, in Markdown.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    return (path(name) / "README.md").read_text(encoding="utf-8")
+
+
+def wired_names() -> tuple[str, ...]:
+    """The mechanisms that `wired` builds."""
+    from patchclamp.zoo._wired import WIRED
+
+    return WIRED
+
+
+def wired(name: str, family: str = "gpt2") -> "Wired":
+    """Build a hand-wired model with its task and the truth about it: under a second, a million weights, most of them zero.
+
+    Args:
+        name: one of `wired_names()`: "induction", "redundant", "interfering", "facts", "and" or "or".
+        family: "gpt2" (closed forms exact to 1e-5 in float64) or "llama" (grouped-query attention; to 1e-5 relative, for its
+            norms compute in float32).
+
+    Raises:
+        ModelError: there is no such mechanism or family.
+    """
+    from patchclamp.zoo import _wired
+
+    return _wired.build(name, family)

@@ -1,0 +1,144 @@
+"""Hand-wired transformers: real GPT-2 and Llama weights whose every part has a known role and a known effect.
+
+model = wired("redundant")
+model.hf, model.tokenizer, model.task     # what any other model has
+model.truth.roles["L1.h2"]                # 'facilitating'
+model.truth.effects["resample"]["L1.h2"]  # 0.0000...: the other head suffices
+model.logits(tokens, {"L1.h2": 0.5})      # the closed form at any gates, in plain numpy
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from patchclamp.errors import ModelError
+from patchclamp.tasks import Pair, Task
+from patchclamp.tasks._tokens import Tokenizer
+from patchclamp.zoo import _compile
+from patchclamp.zoo._designs import CONCEPTS, DESIGNS, FILLERS, PEOPLE, RELATIONS, N
+from patchclamp.zoo._wiring import Family, Truth, Wiring, run
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WIRED = tuple(DESIGNS)
+FAMILIES: tuple[Family, ...] = ("gpt2", "llama")
+
+
+@dataclass(frozen=True, eq=False)
+class Wired:
+    """A hand-wired model with its task and what is known of it.
+
+    Attributes:
+        name: of the mechanism.
+        family: "gpt2" or "llama".
+        about: the mechanism in one sentence.
+        hf: the transformers model, in float64, in evaluation mode.
+        tokenizer: one token a word.
+        task: pairs with balanced answers.
+        truth: roles and exact effects of every head and MLP (see `Truth`).
+        wiring: what every part reads and writes.
+    """
+
+    name: str
+    family: Family
+    about: str
+    hf: "GPT2LMHeadModel | LlamaForCausalLM"
+    tokenizer: "PreTrainedTokenizerFast"
+    task: Task
+    truth: Truth
+    wiring: Wiring
+
+    def logits(
+        self, tokens: tuple[int, ...], gates: Mapping[str, float] | None = None, corrupt: tuple[int, ...] | None = None
+    ) -> Float[np.ndarray, "position token"]:
+        """The closed form: logits of one prompt with gated parts, without torch, norms or module code.
+
+        Args:
+            tokens: the prompt's ids.
+            gates: part label -> gate in [0, 1]; parts that are not named are open.
+            corrupt: ids of the prompt whose values a closed gate passes (resample); None: zero.
+        """
+        fallback = None if corrupt is None else run(self.wiring, corrupt).writes
+        return run(self.wiring, tokens, gates, fallback).logits
+
+
+def build(name: str, family: str = "gpt2") -> Wired:
+    """See `patchclamp.zoo.wired`."""
+    if name not in DESIGNS:
+        raise ModelError(f"there is no hand-wired model {name!r}: choose from {', '.join(DESIGNS)}")
+    if family not in FAMILIES:
+        raise ModelError(f"no hand-wired model is of family {family!r}: choose from {', '.join(FAMILIES)}")
+    design = DESIGNS[name](family)
+    build = {"gpt2": _compile.gpt2, "llama": _compile.llama}[family]
+    task = Task(f"wired-{name}", design.about, partial(_candidates, name), options={"mechanism": name})
+    tokenizer = _compile.tokenizer(design.wiring.vocabulary)
+    return Wired(name, family, design.about, build(design.wiring), tokenizer, task, design.truth, design.wiring)
+
+
+def _candidates(name: str, rng: random.Random, _: Tokenizer) -> Iterator[Pair]:
+    """Pairs without end. In each round every answer comes once, and once more where the pair can be read backwards."""
+    while True:
+        order = rng.sample(range(N), N)
+        for right, wrong in zip(order, order[1:] + order[:1], strict=True):
+            pair = _PROMPTS[name](rng, right, wrong)
+            yield pair
+            if pair.mirrors:
+                yield pair.mirror()
+
+
+def _among(rng: random.Random, *cues: str) -> tuple[list[str], list[int]]:
+    """Six fillers with cues put among them, in order; and where the cues are. The last word is a filler."""
+    words = [rng.choice(FILLERS) for _ in range(6 + len(cues))]
+    places = sorted(rng.sample(range(len(words) - 1), len(cues)))
+    for place, cue in zip(places, cues, strict=True):
+        words[place] = cue
+    return words, places
+
+
+def _induction(rng: random.Random, right: int, wrong: int) -> Pair:
+    """Two words before their followers; in the corrupt prompt the two have changed places."""
+    after, instead = CONCEPTS[right], CONCEPTS[wrong]
+    before, other, *rest = rng.sample([word for word in CONCEPTS if word not in (after, instead)], 6)
+    chunks = [[before, after], [other, instead], *([word] for word in rest)]
+    rng.shuffle(chunks)
+    words = [word for chunk in chunks for word in chunk]
+    swap = {before: other, other: before}
+    swapped = [swap.get(word, word) for word in words]
+    return Pair(" ".join([*words, before]), (" " + after,), " ".join([*swapped, before]), (" " + instead,))
+
+
+def _cued(rng: random.Random, right: int, wrong: int, cues: tuple[str, ...], against: str | None = None) -> Pair:
+    """Cue words for one concept; the corrupt prompt's are for another, or show `against`, which is no concept."""
+    said, instead = CONCEPTS[right], CONCEPTS[wrong]
+    words, places = _among(rng, *(f"{cue}-{said}" for cue in cues))
+    corrupt = list(words)
+    for cue, place in zip(cues, places, strict=True):
+        corrupt[place] = f"{cue}-{against or instead}"
+    return Pair(" ".join(words), (" " + said,), " ".join(corrupt), (" " + instead,), mirrors=against is None)
+
+
+def _facts(rng: random.Random, right: int, _: int) -> Pair:
+    """A person and a relation; the corrupt prompt is about another person."""
+    relation, person = divmod(right, len(PEOPLE))
+    other = rng.choice([p for p in range(len(PEOPLE)) if p != person])
+    words, (place,) = _among(rng, PEOPLE[person])
+    words[-1] = RELATIONS[relation]
+    corrupt = [*words[:place], PEOPLE[other], *words[place + 1 :]]
+    instead = CONCEPTS[relation * len(PEOPLE) + other]
+    return Pair(" ".join(words), (" " + CONCEPTS[right],), " ".join(corrupt), (" " + instead,))
+
+
+_PROMPTS: dict[str, Callable[[random.Random, int, int], Pair]] = {
+    "induction": _induction,
+    "redundant": partial(_cued, cues=("key",), against="nothing"),
+    "interfering": partial(_cued, cues=("key",)),
+    "facts": _facts,
+    "and": partial(_cued, cues=("left", "right")),
+    "or": partial(_cued, cues=("see", "hear"), against="nothing"),
+}
