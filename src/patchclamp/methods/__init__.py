@@ -17,6 +17,7 @@ from patchclamp.errors import MetricError, NumericsError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.parts import Fallback, Parts
 from patchclamp.scores import Scores
+from patchclamp.sites import Site
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 
@@ -34,6 +35,33 @@ def method_named(name: str) -> Samples:
     if name not in method_names():
         raise MetricError(f"there is no method {name!r}: choose from {', '.join(method_names())}")
     return importlib.import_module(f"{__name__}.{name}").samples
+
+
+def effects(
+    parts: Parts,
+    examples: Examples,
+    fallback: Fallback,
+    method: str = "exact",
+    *,
+    metric: str | Metric | None = None,
+    direction: Direction = "noising",
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "part example"]:
+    """What `attribute` is made of: each counted part's effect on each example's benefit, on the CPU."""
+    chosen = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
+    samples, pieces, done = method_named(method), [], 0
+    for whole in examples.batches(batch_size):
+        batch = whole.swapped() if direction == "denoising" else whole
+        pieces.append(samples(parts, batch, fallback, chosen, seed).cpu())
+        done += len(whole)
+        if progress is not None:
+            progress(done, len(examples))
+    table = torch.cat(pieces, 1) * (-1.0 if direction == "denoising" else 1.0)
+    if not bool(torch.isfinite(table).all()):
+        raise NumericsError(f"the method {method} gave values that are not finite: try float32, or another fallback than {fallback.kind}")
+    return table
 
 
 def attribute(
@@ -65,21 +93,22 @@ def attribute(
         about: provenance to add.
         progress: called with (examples done, examples in all).
 
-    Cost: that of the method, per batch (see its file); F is one forward pass over the examples.
+    Cost: that of the method, per batch (see its file).
     """
-    chosen = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
-    samples, pieces, done = method_named(method), [], 0
-    for whole in examples.batches(batch_size):
-        batch = whole.swapped() if direction == "denoising" else whole
-        pieces.append(samples(parts, batch, fallback, chosen, seed))
-        done += len(whole)
-        if progress is not None:
-            progress(done, len(examples))
-    table = torch.cat(pieces, 1) * (-1.0 if direction == "denoising" else 1.0)
-    if not bool(torch.isfinite(table).all()):
-        raise NumericsError(f"the method {method} gave values that are not finite: try float32, or another fallback than {fallback.kind}")
-    sites = [parts.labels[number] for number in parts.counted]
-    facts = {"method": method, "metric": chosen.name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
+    table = effects(
+        parts, examples, fallback, method, metric=metric, direction=direction, batch_size=batch_size, seed=seed, progress=progress
+    )
+    name = metric.name if isinstance(metric, Metric) else metric or examples.metric
+    facts = {"method": method, "metric": name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
              "direction": direction, "model": parts.model.name, "task": examples.task}  # fmt: skip
-    groups = [example.group or str(number) for number, example in enumerate(examples)]
-    return Scores.from_samples(sites, table.cpu().double().numpy(), {**facts, **(about or {})}, groups=groups, seed=seed)
+    return Scores.from_samples(counted(parts), table.double().numpy(), {**facts, **(about or {})}, groups=groups_of(examples), seed=seed)
+
+
+def counted(parts: Parts) -> list[Site]:
+    """The parts that methods score, in order."""
+    return [parts.labels[number] for number in parts.counted]
+
+
+def groups_of(examples: Examples) -> list[str]:
+    """Which examples belong together when intervals are drawn: those of a named group, else a pair and its mirror."""
+    return [example.group or str(sorted(str(prompt) for prompt in (example.clean, example.corrupt))) for example in examples]

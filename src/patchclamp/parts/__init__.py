@@ -4,63 +4,9 @@ A part has a gate: open (1) it passes its value, closed (0) a fallback, between 
 `value' = fallback + gate * (value - fallback)`.
 """
 
-from typing import Protocol
-
-from jaxtyping import Float
-from torch import Tensor
-
-from patchclamp.metrics import Metric
-from patchclamp.models.editing import Edits
-from patchclamp.models.model import Model
+from patchclamp.parts.benefits import benefits
+from patchclamp.parts.contract import Gates, Parts
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback
 from patchclamp.parts.nodes import Nodes, nodes
-from patchclamp.sites import Site
-from patchclamp.tasks import Examples
-from patchclamp.tasks._batch import Batch
 
-__all__ = ["FALLBACKS", "Fallback", "Gates", "Nodes", "Parts", "nodes"]
-
-Gates = Float[Tensor, "setting #example #position part"]
-"""One gate per setting, example (or 1 for all), position (or 1 for all) and part."""
-
-
-class Parts(Protocol):
-    """The contract. `labels` are unique, in forward order, and parse back as sites."""
-
-    model: Model
-
-    @property
-    def labels(self) -> tuple[Site, ...]:
-        """Every gate's part; `embed` first, where it is one."""
-        ...
-
-    @property
-    def counted(self) -> tuple[int, ...]:
-        """Indices of the parts that methods score and circuits hold (all but `embed`)."""
-        ...
-
-    def open(self, settings: int = 1) -> Gates:
-        """Gates of 1: the model itself."""
-        ...
-
-    def closed(self, settings: int = 1) -> Gates:
-        """Gates of 0 for every counted part."""
-        ...
-
-    def fallback(self, kind: str, fit: Examples | None = None) -> Fallback:
-        """The rule that says what a closed gate passes."""
-        ...
-
-    def measure(self, batch: Batch, gates: Gates, fallback: Fallback, metric: Metric | None = None) -> Float[Tensor, "setting example"]:
-        """The metric for each setting and example, without gradient."""
-        ...
-
-    def gradient(
-        self, batch: Batch, gates: Gates, fallback: Fallback, metric: Metric | None = None
-    ) -> tuple[Float[Tensor, "setting example"], Float[Tensor, "setting example part"]]:
-        """The metric and its slope in each gate, per example."""
-        ...
-
-    def edits(self, gates: Gates, fallback: Fallback, batch: Batch | None = None) -> Edits:
-        """The gates as edits: what run, generate and training use."""
-        ...
+__all__ = ["FALLBACKS", "Fallback", "Gates", "Nodes", "Parts", "benefits", "nodes"]

@@ -1,0 +1,197 @@
+"""Trust: how far a circuit is to be believed, on prompts that chose nothing.
+
+Faithfulness with both ends, completeness, minimality, stability, and circuits of the same size and shape drawn at random.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchclamp.circuit import Circuit
+from patchclamp.errors import MetricError
+from patchclamp.metrics import metric_named
+from patchclamp.parts import Fallback, Gates, Parts, benefits
+from patchclamp.scores import Scores
+from patchclamp.scores.statistics import Interval
+from patchclamp.sites import Site
+from patchclamp.tasks import Examples
+
+Values = Float[np.ndarray, "setting example"]
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """What was measured of one circuit.
+
+    Attributes:
+        faithfulness: (m(circuit) - m(none)) / (m(all) - m(none)).
+        rest: the same ratio for everything but the circuit (what is left without it); completeness = 1 - rest.
+        random: the ratio of random circuits of the same size and shape: mean, 2.5 % and 97.5 % quantile, number of draws.
+        beats: share of random circuits that the circuit's faithfulness exceeds.
+        minimality: part -> (loss of faithfulness when it alone leaves the circuit, low, high).
+        curve: k, faithfulness, low, high, completeness, along the order of the scores.
+        draws: k, draw, faithfulness, of random circuits; `same_size` of those as large as the circuit.
+        stability: mean Jaccard index of the circuits that resampled select prompts give, with the one that was chosen.
+        majority: share of examples on which the circuit alone still has benefit > 0.
+    """
+
+    faithfulness: Interval
+    rest: Interval
+    random: Interval
+    beats: float
+    minimality: Mapping[str, tuple[float, float, float]]
+    curve: pl.DataFrame
+    draws: pl.DataFrame
+    stability: float | None
+    accuracy: float
+
+
+def trust(
+    parts: Parts,
+    examples: Examples,
+    fallback: Fallback,
+    circuit: Circuit,
+    order: Sequence[Site],
+    *,
+    groups: Sequence[str],
+    metric: str | None = None,
+    random_circuits: int = 100,
+    resampled: Sequence[Circuit] = (),
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trusted:
+    """Judge a circuit on the confirm set.
+
+    Args:
+        parts: what the circuit is made of.
+        examples: the confirm set.
+        fallback: what parts outside it pass.
+        circuit: the circuit.
+        order: the parts, best first: the order of the curve.
+        groups: which examples belong together when intervals are drawn.
+        metric: by default the task's.
+        random_circuits: how many of the same size and shape (as many heads, as many MLPs).
+        resampled: circuits from resampled select prompts, for stability.
+        seed: of the draws.
+
+    Cost: one forward pass over the examples per point of the curve (about 3 P for P parts up to 24, else about 40), per part of
+    the circuit, and per random circuit (plus a band of 5 draws at each of up to 10 other sizes).
+
+    Raises:
+        MetricError: closing everything changes nothing.
+    """
+    chosen = metric_named(metric or examples.metric)
+    grid = _grid(len(order), len(circuit))
+    members = [site for site in circuit if isinstance(site, Site)]
+    plan: list[Gates] = [parts.open(), parts.closed(), parts.only(members), parts.without(members)]
+    plan += [parts.only(order[:k]) for k in grid] + [parts.without(order[:k]) for k in grid]
+    plan += [parts.only([other for other in members if other != site]) for site in members]
+    drawn = _random_circuits(parts, members, grid, random_circuits, seed)
+    plan += [parts.only(sites) for _, sites in drawn]
+    values = benefits(parts, examples, torch.cat(plan), fallback, chosen, batch_size, progress).double().numpy()
+    rows = iter(values)
+    opened, closed, kept, rest = (next(rows) for _ in range(4))
+    if abs(opened.mean() - closed.mean()) < 1e-9:
+        raise MetricError(f"closing every part leaves {chosen.name} at {opened.mean():.3g}: there is no behaviour to keep")
+    ratio = _Ratio(opened, closed, groups, seed)
+    curve = [(k, *ratio(next(rows))[:3]) for k in grid]
+    without = [1 - ratio(next(rows)).mean for _ in grid]
+    lost = {str(site): ratio.difference(kept, next(rows)) for site in members}
+    draws = [(k, ratio.point(next(rows))) for k, _ in drawn]
+    same = np.array([share for k, share in draws if k == len(members)])
+    faithful = ratio(kept)
+    return Trusted(
+        faithfulness=faithful,
+        rest=ratio(rest),
+        random=Interval(float(same.mean()), *map(float, np.percentile(same, [2.5, 97.5])), len(same)),
+        beats=float((same < faithful.mean).mean()),
+        minimality=lost,
+        curve=pl.DataFrame(
+            {"k": grid, "faithfulness": [c[1] for c in curve], "low": [c[2] for c in curve], "high": [c[3] for c in curve],
+             "completeness": without},
+        ),
+        draws=pl.DataFrame({"k": [k for k, _ in draws], "draw": list(range(len(draws))), "faithfulness": [f for _, f in draws]}),
+        stability=float(np.mean([circuit.jaccard(other) for other in resampled])) if resampled else None,
+        accuracy=float((kept > 0).mean()),
+    )  # fmt: skip
+
+
+def resampled_circuits(
+    scores: Scores, samples: Float[Tensor, "part example"], size: int, groups: Sequence[str], draws: int = 20, seed: int = 0
+) -> list[Circuit]:
+    """Circuits of the same size from the scores of resampled prompts (groups drawn with replacement). No forward pass."""
+    rng, names = np.random.default_rng(seed), sorted(set(groups))
+    member = np.array([names.index(group) for group in groups])
+    found: list[Circuit] = []
+    for _ in range(draws):
+        weight = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[member]
+        means = np.abs((samples.numpy() * weight).sum(1))
+        best = np.argsort(-means, kind="stable")[:size]
+        found.append(Circuit([scores.sites[int(i)] for i in best], {"resampled": True}))
+    return found
+
+
+class _Ratio:
+    """Ratios of means to the span between all open and all closed, with 95 % intervals from one bootstrap over groups."""
+
+    def __init__(self, opened: np.ndarray, closed: np.ndarray, groups: Sequence[str], seed: int, resamples: int = 1000) -> None:
+        names, member = np.unique(np.array(groups), return_inverse=True)
+        counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+        self.weights = counts[:, member].astype(np.float64)  # [resample, example]
+        self.groups = len(names)
+        self.opened, self.closed = opened, closed
+        self.span = self.weights @ (opened - closed)
+
+    def point(self, values: np.ndarray) -> float:
+        return float((values - self.closed).mean() / (self.opened - self.closed).mean())
+
+    def __call__(self, values: np.ndarray) -> Interval:
+        return Interval(self.point(values), *self._ends(values - self.closed), len(values))
+
+    def difference(self, more: np.ndarray, less: np.ndarray) -> tuple[float, float, float]:
+        low, high = self._ends(more - less)
+        point = float((more - less).mean() / (self.opened - self.closed).mean())
+        return (point, point if low is None else low, point if high is None else high)
+
+    def _ends(self, values: np.ndarray) -> tuple[float | None, float | None]:
+        if self.groups < 2:
+            return None, None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = (self.weights @ values) / self.span
+        low, high = np.nanpercentile(shares, [2.5, 97.5])
+        return float(low), float(high)
+
+
+def _grid(parts: int, size: int) -> list[int]:
+    """Sizes of the curve: every one up to 24 parts, some 20 spread ones beyond, with both ends and the circuit's own."""
+    if parts <= 24:
+        return list(range(parts + 1))
+    fine = np.unique(np.concatenate([np.linspace(0, parts, 12), np.linspace(0, min(parts, 2 * size), 9)]).round().astype(int))
+    return sorted({0, size, parts, *map(int, fine)})
+
+
+def _random_circuits(
+    parts: Parts, members: Sequence[Site], grid: Sequence[int], draws: int, seed: int
+) -> list[tuple[int, list[Site]]]:
+    """Circuits of the same size and shape (as many parts of each kind), then a few of other sizes for the band."""
+    rng = np.random.default_rng([seed, 7])
+    everything = [parts.labels[number] for number in parts.counted]
+    by_kind: dict[str, list[Site]] = {}
+    for site in everything:
+        by_kind.setdefault(site.kind, []).append(site)
+    shape = {kind: sum(site.kind == kind for site in members) for kind in by_kind}
+
+    def pick(among: Sequence[Site], count: int) -> list[Site]:
+        return [among[int(i)] for i in rng.choice(len(among), size=count, replace=False)]
+
+    found = [(len(members), [site for kind, count in shape.items() for site in pick(by_kind[kind], count)]) for _ in range(draws)]
+    others = [k for k in grid if k not in (0, len(members), len(everything))]
+    for k in others[:: max(1, len(others) // 8)]:
+        found += [(k, pick(everything, k)) for _ in range(5)]
+    return found
