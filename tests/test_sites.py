@@ -71,7 +71,7 @@ def test_every_form_of_the_grammar_by_hand() -> None:
         "L9.h6.pattern": Site("pattern", 9, 6), "L9.h6.write": Site("write", 9, 6), "L9.z": Site("z", 9),
         "L9.kv2.k": Site("k", 9, 2), "L9.kv2.v": Site("v", 9, 2), "L9.k": Site("k", 9), "L3.mlp.n127": Site("neuron", 3, 127),
         "L3.mlp.n": Site("neuron", 3), "L3.router": Site("router", 3), "L3.mlp.e5": Site("expert", 3, 5),
-        "L3.mlp.e5.n7": Site("expert", 3, 5, 7), "L5.resid.post.f1234:DICT": Site("resid.post", 5, feature=1234, dictionary="DICT"),
+        "L3.mlp.e5.n7": Site("expert", 3, 5, 7), "L5.resid.post.f1234:D": Site("resid.post", 5, feature=1234, dictionary="D"),
         "L9.h6@-1": Site("head", 9, 6, position=-1), "L9.h6@S2": Site("head", 9, 6, position="S2"),
         "L9.mlp@3": Site("mlp", 9, position=3), "L9.h6.z@prompt": Site("z", 9, 6, position="prompt"),
     }  # fmt: skip
@@ -83,8 +83,10 @@ def test_every_form_of_the_grammar_by_hand() -> None:
 
 def test_forward_order() -> None:
     texts = [
-        "embed", "L0.resid.pre", "L0.h0.q", "L0.h1.q", "L0.kv0.k", "L0.kv0.v", "L0.h0.scores", "L0.h0.pattern", "L0.h0.z", "L0.h2",
-        "L0.h10", "L0.h10@0", "L0.h10@2", "L0.h10@10", "L0.h10@-2", "L0.h10@-1", "L0.h10@end", "L0.h0.write", "L0.attn", "L0.attn.write",
+        "embed", "L0.resid.pre", "L0.h0.q", "L0.h1.q", "L0.kv0.k", "L0.kv0.v", "L0.h0.scores", "L0.h0.pattern", "L0.h0.z",
+        "L0.h2",
+        "L0.h10", "L0.h10@0", "L0.h10@2", "L0.h10@10", "L0.h10@-2", "L0.h10@-1", "L0.h10@end", "L0.h0.write", "L0.attn",
+        "L0.attn.write",
         "L0.resid.mid", "L0.router", "L0.mlp.n3", "L0.mlp.e1", "L0.mlp", "L0.mlp.write", "L0.resid.post", "L0.resid.post.f1:A",
         "L0.resid.post.f1:B", "L1.resid.pre", "L10.attn", "final", "logits",
     ]  # fmt: skip
@@ -104,7 +106,9 @@ def test_places() -> None:
 
 
 def test_patterns() -> None:
-    there = [Site.parse(text) for text in ("embed", "L0.attn", "L0.h0", "L0.h1", "L0.h1.q", "L1.h0", "L1.mlp", "L2.mlp", "L12.mlp")]
+    there = [
+        Site.parse(text) for text in ("embed", "L0.attn", "L0.h0", "L0.h1", "L0.h1.q", "L1.h0", "L1.mlp", "L2.mlp", "L12.mlp")
+    ]
 
     def fit(*patterns: str) -> list[str]:
         return [str(site) for site in select(patterns, there)]

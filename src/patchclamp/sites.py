@@ -48,6 +48,7 @@ HEADS: tuple[Axis, ...] = ("batch", "position", "head", "head_width")
 KV: tuple[Axis, ...] = ("batch", "position", "kv_head", "head_width")
 MAPS: tuple[Axis, ...] = ("batch", "head", "query", "key")
 
+# fmt: off
 KINDS: dict[str, Kind] = {
     "embed": Kind(RESID, True, "input of the first block", "never", 0),
     "resid.pre": Kind(RESID, True, "input of the block", "never", 1),
@@ -69,13 +70,15 @@ KINDS: dict[str, Kind] = {
     "router": Kind(("batch", "position", "expert"), True, "router logits", "the layer is not a mixture of experts", 13),
     "neuron": Kind(("batch", "position", "neuron"), True, "input of the MLP's down projection",
                    "experts keep their neurons inside a fused kernel", 14),
-    "expert": Kind(("batch", "position", "expert"), True, "routing weight of each expert", "the layer is not a mixture of experts", 15),
+    "expert": Kind(("batch", "position", "expert"), True, "routing weight of each expert",
+                   "the layer is not a mixture of experts", 15),
     "mlp": Kind(RESID, True, "output of the MLP module", "never", 16),
     "mlp.write": Kind(RESID, True, "what the MLP adds to the residual stream (after post-norm and multiplier)", "never", 17),
     "resid.post": Kind(RESID, True, "output of the block", "never", 18),
     "final": Kind(RESID, True, "output of the final norm, input of the unembedding", "never", 19),
     "logits": Kind(("batch", "position", "token"), True, "output of the model", "never", 20),
 }
+# fmt: on
 
 PER_HEAD = ("q", "scores", "pattern", "z", "write")
 PER_KV = ("k", "v")
@@ -193,7 +196,9 @@ _FORMS: list[tuple[re.Pattern[str], str]] = [
     *((re.compile(re.escape(kind)), kind) for kind in
       ("resid.pre", "resid.mid", "resid.post", "attn.write", "mlp.write", "attn", "mlp", "router")),
 ]  # fmt: skip
-_HINT = "sites look like embed, L5.resid.post, L9.attn, L9.mlp.write, L9.h6, L9.h6.pattern, L9.kv2.k, L3.mlp.n127, L3.router, logits"
+_HINT = (
+    "sites look like embed, L5.resid.post, L9.attn, L9.mlp.write, L9.h6, L9.h6.pattern, L9.kv2.k, L3.mlp.n127, L3.router, logits"
+)
 
 
 def _parse(text: str) -> Site:

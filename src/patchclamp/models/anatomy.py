@@ -22,7 +22,7 @@ class Layer:
     attn: nn.Module
     mlp: nn.Module
     down: nn.Module | None
-    middle: nn.Module | None
+    first: nn.Module | None
     attn_post: nn.Module | None
     mlp_post: nn.Module | None
     router: nn.Module | None
@@ -122,6 +122,7 @@ def dissect(hf: nn.Module) -> Anatomy:
     config: Any = base.config
     family = family_of(config)
     text = getattr(config, "text_config", None) or config
+    parallel = family.parallel(text)
 
     def must(root: nn.Module, path: str, what: str) -> Any:
         found = find(root, path)
@@ -141,7 +142,7 @@ def dissect(hf: nn.Module) -> Anatomy:
             attn=must(block, family.attn, "attention output"),
             mlp=must(block, family.mlp, "MLP"),
             down=maybe(family.down),
-            middle=maybe(family.middle),
+            first=None if parallel else must(block, family.first, "first reader of the residual stream"),
             attn_post=maybe(family.attn_post),
             mlp_post=maybe(family.mlp_post),
             router=router,
@@ -156,7 +157,7 @@ def dissect(hf: nn.Module) -> Anatomy:
         layers=tuple(layer(block) for block in blocks),
         norm=must(base, family.norm, "final norm"),
         unembed=must(base, family.unembed, "unembedding"),
-        parallel=family.parallel(text),
+        parallel=parallel,
         takes_positions="position_ids" in parameters,
         keeps_logits="logits_to_keep" in parameters,
     )

@@ -9,8 +9,7 @@ The tap does nothing for models that no session of the same thread observes, and
 """
 
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -20,16 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from patchclamp.models.held import HOLDER, Undo
+
 Visit = Callable[[Tensor], Tensor]
 Visits = Mapping[str, Visit]
 """What to do at q, k, v ([row, position, head, width]), scores and pattern ([row, head, query, key]) of one layer."""
 
 _SOFTMAX: tuple[Any, ...] = (F.softmax, torch.softmax, Tensor.softmax)
-_PRODUCTS: tuple[Any, ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm)
-_WATCHED: ContextVar[Mapping[int, Visits] | None] = ContextVar("patchclamp_watched", default=None)
-_LOCK = threading.Lock()
-_OPEN = 0
-_BEFORE: Any = None
+_PRODUCTS: tuple[Any, ...] = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.baddbmm,
+    Tensor.baddbmm,
+)
+WATCHED: ContextVar[Mapping[int, Visits] | None] = ContextVar("patchclamp_watched", default=None)
+"""The visits of this thread, by id of the attention module."""
 
 
 class SoftmaxTap(TorchFunctionMode):
@@ -82,7 +89,7 @@ def _own_attention(module: nn.Module) -> Callable[..., Any]:
 
 def _tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Any:
     own = _own_attention(module)
-    visits = (_WATCHED.get() or {}).get(id(module))
+    visits = (WATCHED.get() or {}).get(id(module))
     if not visits:
         return own(module, query, key, value, mask, *args, **options)
     query, key, value = (_heads_last(visits, name, x) for name, x in (("q", query), ("k", key), ("v", value)))
@@ -93,32 +100,33 @@ def _tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Ten
 
 
 @contextmanager
-def tapped(watched: Mapping[int, Visits]) -> Iterator[None]:
+def tapped(watched: Mapping[int, Visits]) -> Generator[None, None, None]:
     """While open, in this thread, attention modules (by id) of the registry's families are visited.
 
     The models must run with eager attention. Nested: outer visits come first, inner ones see what they return.
     """
+    token = WATCHED.set(_joined(WATCHED.get() or {}, watched))
+    try:
+        with HOLDER.hold("eager", _install):
+            yield
+    finally:
+        WATCHED.reset(token)
+
+
+def _install() -> Undo:
     from transformers import AttentionInterface
 
-    global _OPEN, _BEFORE
     registry: dict[str, Any] = AttentionInterface._global_mapping  # pyright: ignore[reportPrivateUsage]
-    with _LOCK:
-        if _OPEN == 0:
-            _BEFORE = registry.get("eager")
-            registry["eager"] = _tap
-        _OPEN += 1
-    token = _WATCHED.set(_joined(_WATCHED.get() or {}, watched))
-    try:
-        yield
-    finally:
-        _WATCHED.reset(token)
-        with _LOCK:
-            _OPEN -= 1
-            if _OPEN == 0:
-                if _BEFORE is None:
-                    registry.pop("eager", None)
-                else:
-                    registry["eager"] = _BEFORE
+    before = registry.get("eager")
+
+    def undo() -> None:
+        if before is None:
+            registry.pop("eager", None)
+        else:
+            registry["eager"] = before
+
+    registry["eager"] = _tap
+    return undo
 
 
 def _joined(outer: Mapping[int, Visits], inner: Mapping[int, Visits]) -> dict[int, Visits]:
@@ -136,7 +144,7 @@ def _joined(outer: Mapping[int, Visits], inner: Mapping[int, Visits]) -> dict[in
 
 def module_tap(key: int, rows: int) -> "ModuleTap":
     """The tap for the attention module with this id, inside `tapped`."""
-    return ModuleTap((_WATCHED.get() or {}).get(key, {}), rows)
+    return ModuleTap((WATCHED.get() or {}).get(key, {}), rows)
 
 
 class ModuleTap(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """Family: one frozen row per architecture, saying where it keeps its parts. Adding a family means adding a row.
 
-Paths are attribute paths: `blocks`, `norm` and `unembed` from the model, all others from a block. A row claims nothing about sizes:
-those are read from tensors when the model is probed, and `patchclamp doctor` proves the row on the loaded weights.
+Paths are attribute paths: `blocks`, `norm` and `unembed` from the model, all others from a block. A row claims nothing about
+sizes: those are read from tensors when the model is probed, and `patchclamp doctor` proves the row on the loaded weights.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ class Family:
     """The module whose output is the site L.mlp."""
     down: str | None = "mlp.down_proj"
     """The MLP's down projection; None where it is fused (experts)."""
-    middle: str | None = "post_attention_layernorm"
-    """The module whose input is the residual stream between attention and MLP."""
+    first: str = "input_layernorm"
+    """The first module in a block that reads the residual stream (only needed where attention and MLP follow each other)."""
     attn_post: str | None = None
     """A norm between the attention's output and the residual stream."""
     mlp_post: str | None = None
@@ -89,7 +89,6 @@ def _falcon_parallel(config: Config) -> bool:
 
 
 _SANDWICH: dict[str, Any] = {
-    "middle": "pre_feedforward_layernorm",
     "attn_post": "post_attention_layernorm",
     "mlp_post": "post_feedforward_layernorm",
 }
@@ -100,20 +99,20 @@ FAMILIES: tuple[Family, ...] = (
     Family("gemma2", ("gemma2",), **_SANDWICH),
     Family("gemma3_text", ("gemma3_text",), **_SANDWICH),
     Family("gemma3", ("gemma3",), blocks="model.language_model.layers", norm="model.language_model.norm", **_SANDWICH),
-    Family("olmo2", ("olmo2", "olmo3"), middle="mlp", attn_post="post_attention_layernorm", mlp_post="post_feedforward_layernorm"),
+    Family("olmo2", ("olmo2", "olmo3"), first="self_attn", **_SANDWICH),
     Family("granite", ("granite",), scale="residual_multiplier"),
-    Family("cohere", ("cohere",), middle=None, parallel=_always),
+    Family("cohere", ("cohere",), parallel=_always),
     Family("mixtral", ("mixtral",), down=None, router="mlp.gate"),
     Family("qwen3_moe", ("qwen3_moe",), router="mlp.gate"),
     Family("gpt_oss", ("gpt_oss",), down=None, router="mlp.router"),
-    Family("phi", ("phi",), norm="model.final_layernorm", output="self_attn.dense", down="mlp.fc2", middle=None, parallel=_always),
+    Family("phi", ("phi",), norm="model.final_layernorm", output="self_attn.dense", down="mlp.fc2", parallel=_always),
     Family(
         "opt", ("opt",), blocks="model.decoder.layers", norm="model.decoder.final_layer_norm", output="self_attn.out_proj",
-        mlp="fc2", down="fc2", middle="final_layer_norm", flat_mlp=True, refuse=_opt_refuses,
+        mlp="fc2", down="fc2", first="self_attn_layer_norm", flat_mlp=True, refuse=_opt_refuses,
     ),
     Family(
         "gpt2", ("gpt2",), blocks="transformer.h", norm="transformer.ln_f", attention="attn", output="attn.c_proj", attn="attn",
-        down="mlp.c_proj", middle="ln_2", refuse=_gpt2_refuses,
+        down="mlp.c_proj", first="ln_1", refuse=_gpt2_refuses,
     ),
     Family(
         "gpt_neox", ("gpt_neox",), blocks="gpt_neox.layers", norm="gpt_neox.final_layer_norm", attention="attention",
@@ -122,11 +121,11 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "gpt_neo", ("gpt_neo",), blocks="transformer.h", norm="transformer.ln_f", attention="attn.attention",
-        output="attn.attention.out_proj", attn="attn", down="mlp.c_proj", middle="ln_2", interface=False,
+        output="attn.attention.out_proj", attn="attn", down="mlp.c_proj", first="ln_1", interface=False,
     ),
     Family(
         "gptj", ("gptj",), blocks="transformer.h", norm="transformer.ln_f", attention="attn", output="attn.out_proj", attn="attn",
-        down="mlp.fc_out", middle=None, parallel=_always, interface=False,
+        down="mlp.fc_out", parallel=_always, interface=False,
     ),
     Family(
         "bloom", ("bloom",), blocks="transformer.h", norm="transformer.ln_f", attention="self_attention",

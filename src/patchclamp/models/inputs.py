@@ -1,6 +1,7 @@
 """Plain inputs (text, token ids) as batches without targets."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,3 +40,13 @@ def text_batch(tokenizer: Any, texts: Sequence[str], bos: bool | None = None) ->
             raise ModelError("bos=True was asked, but the tokenizer has no BOS token")
         rows = [[tokenizer.bos_token_id, *row] for row in rows]
     return token_batch(rows)
+
+
+def prompts_of(batch: Batch) -> Batch:
+    """The prompts of a batch to be continued: right answers' rows, cut behind the prompt and padded on the left anew."""
+    rows = (batch.sign > 0).nonzero()[:, 0].tolist()
+    last = batch.spans["end"][:, 1].tolist()
+    cut = token_batch([batch.tokens[row, : last[row]][batch.mask[row, : last[row]]].tolist() for row in rows])
+    moved = torch.tensor([cut.tokens.shape[1] - last[row] for row in rows])[:, None]
+    spans = {name: (span.cpu()[rows] + moved).clamp(0, cut.tokens.shape[1]) for name, span in batch.spans.items()}
+    return replace(cut, spans=spans)

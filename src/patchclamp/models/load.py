@@ -21,7 +21,9 @@ def load(
         require_text_model(source)
         for option, given in {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision}.items():
             if given is not None:
-                raise ModelError(f"{option}={given!r} was asked of a model object, which stays as it is: move it yourself, then load it")
+                raise ModelError(
+                    f"{option}={given!r} was asked of a model object, which stays as it is: move it yourself, then load it"
+                )
         name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
         return source, _tokenizer(tokenizer, None, name, None, trust_remote_code), name
     name = str(source)
@@ -49,12 +51,14 @@ def resolve(name: str) -> str:
     return name
 
 
-def _model(where: str, name: str, dtype: Any, device: Any, device_map: Any, revision: str | None, trust: bool, quantization: Any) -> Any:
+def _model(
+    where: str, name: str, dtype: Any, device: Any, device_map: Any, revision: str | None, trust: bool, quantization: Any
+) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"trust_remote_code": trust, "dtype": dtype or "auto"}
-    options |= {key: value for key, value in
-                {"revision": revision, "device_map": device_map, "quantization_config": quantization}.items() if value is not None}  # fmt: skip
+    asked = {"revision": revision, "device_map": device_map, "quantization_config": quantization}
+    options: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    options |= {"trust_remote_code": trust, "dtype": dtype or "auto"}
     if Path(where).is_dir():
         _only_safetensors(Path(where), name)
     try:

@@ -1,11 +1,12 @@
 """Model: a transformers causal language model with its tokenizer and its anatomy. Run it, record sites, edit them, generate."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor
 from patchclamp.errors import ModelError, NumericsError
 from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.editing import Edits, Pass, visitors
+from patchclamp.models.sampling import Generation
 from patchclamp.models.session import Session
 from patchclamp.sites import KINDS, PER_HEAD, PER_KV, Site, select
 from patchclamp.tasks._batch import Batch
@@ -33,6 +35,8 @@ class Model:
     anatomy: Anatomy
     name: str
     revision: str | None = None
+    loaded: bool = False
+    """Whether the weights are those of the files they came from (a model object may have been changed since)."""
 
     @classmethod
     def load(
@@ -72,14 +76,14 @@ class Model:
         )  # fmt: skip
         from patchclamp.models.probe import probed
 
-        return cls(hf, tok, probed(hf), name, revision)
+        return cls(hf, tok, probed(hf), name, revision, loaded=isinstance(source, str | os.PathLike))
 
     def __repr__(self) -> str:
         sizes = self.anatomy.sizes
         heads = sorted({size.heads for size in sizes})
         return (
-            f"Model({self.name!r}, {self.family.name}: {len(sizes)} layers x {'/'.join(map(str, heads))} heads, width {self.width}, "
-            f"{self.parameters / 1e6:.2f} M parameters, {self.dtype}, {self.device})"
+            f"Model({self.name!r}, {self.family.name}: {len(sizes)} layers x {'/'.join(map(str, heads))} heads, "
+            f"width {self.width}, {self.parameters / 1e6:.2f} M parameters, {self.dtype}, {self.device})"
         )
 
     @property
@@ -158,8 +162,8 @@ class Model:
         logits = logits.unflatten(0, (settings, -1))[:, batch.target_row, place]
         if not bool(torch.isfinite(logits).any(-1).all()) or bool(torch.isnan(logits).any()):
             raise NumericsError(
-                f"{self.name} gives NaN logits at the answer positions: the weights hold NaN, or the precision {self.dtype} overflows "
-                "(try --dtype float32)"
+                f"{self.name} gives NaN logits at the answer positions: the weights hold NaN, or the precision {self.dtype} "
+                "overflows (try --dtype float32)"
             )
         return logits
 
@@ -171,7 +175,8 @@ class Model:
         Gradients flow to whatever requires them: weights of the model never do through here unless the caller says so.
         """
         batch = batch.to(self.device)
-        with self.editing(edits or {}, batch, settings=settings):
+        with self.editing(edits or {}, batch, settings=settings) as now:
+            now.unembedded = columns if self.anatomy.keeps_logits else None
             return self._forward(batch, settings, columns)
 
     def _forward(self, batch: Batch, settings: int = 1, columns: Tensor | None = None) -> Tensor:
@@ -188,7 +193,7 @@ class Model:
         return logits
 
     @contextmanager
-    def editing(self, edits: Edits, inputs: Inputs | None = None, *, settings: int = 1) -> Iterator[Pass]:
+    def editing(self, edits: Edits, inputs: Inputs | None = None, *, settings: int = 1) -> Generator[Pass, None, None]:
         """While open, the model computes with `edits`; nested, inner edits see what outer ones made. Backward runs inside.
 
         Args:
@@ -260,11 +265,27 @@ class Model:
             return token_batch(inputs)
         return self.encode(inputs)
 
-    def generate(self, prompts: Inputs, edits: Edits | None = None, **options: Any) -> "Any":
-        """Continue prompts with edits on during the prompt and every new token; see `models.generation.generate`."""
+    def generate(
+        self,
+        prompts: Inputs,
+        edits: Edits | None = None,
+        *,
+        max_new_tokens: int = 20,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        cache: bool = True,
+        stop: Sequence[str | int] = (),
+        on: Literal["all", "prompt", "generation"] = "all",
+    ) -> Generation:
+        """Continue prompts, with edits on while the prompt runs and for every new token; see `models.generation.generate`."""
         from patchclamp.models.generation import generate
 
-        return generate(self, prompts, edits or {}, **options)
+        return generate(
+            self, prompts, edits, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            cache=cache, stop=stop, on=on,
+        )  # fmt: skip
 
     @cached_property
     def folder(self) -> Path | None:
@@ -274,13 +295,11 @@ class Model:
 
 
 @contextmanager
-def still(hf: Any) -> Iterator[None]:
+def still(hf: Any) -> Generator[None, None, None]:
     """Evaluation mode for the time of a call; train mode is put back."""
-    training: Mapping[Any, bool] = {m: True for m in hf.modules() if m.training} if hf.training else {}
-    if not training:
-        yield
-        return
-    hf.eval()
+    training = [module for module in hf.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

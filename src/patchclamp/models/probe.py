@@ -22,7 +22,9 @@ def probed(hf: Any) -> Anatomy:
 
     anatomy = dissect(hf)
     shapes: dict[Site, tuple[int, ...]] = {}
-    wanted = [Site(kind, layer) for layer in range(len(anatomy.layers)) for kind in ("q", "k", "v", "pattern", "neuron", "router")]
+    wanted = [
+        Site(kind, layer) for layer in range(len(anatomy.layers)) for kind in ("q", "k", "v", "pattern", "neuron", "router")
+    ]
     wanted = [site for site in wanted if anatomy.why_not(site) is None]
 
     def keep(site: Site) -> Any:

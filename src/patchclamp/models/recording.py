@@ -8,7 +8,8 @@ from torch import Tensor
 
 from patchclamp.models.anatomy import Anatomy, Layer
 from patchclamp.models.editing import HEAD_AXIS
-from patchclamp.models.session import Session
+from patchclamp.models.scope import unobserved
+from patchclamp.models.session import Session, Visitor
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
@@ -30,7 +31,7 @@ class Recorder:
                 places.add(site.place)
         return Session(self.anatomy, {place: self._keeper(place) for place in places})
 
-    def _keeper(self, place: Site):  # noqa: ANN202
+    def _keeper(self, place: Site) -> Visitor:
         def visit(value: Tensor) -> Tensor:
             self.kept[place] = value
             return value
@@ -44,7 +45,8 @@ class Recorder:
     def _value(self, site: Site, batch: Batch) -> Tensor:
         if site.kind == "write":
             layer = self.anatomy.layers[site.layer or 0]
-            write = head_writes(layer, self.kept[Site("z", site.layer)], self.kept[Site("attn", site.layer)])
+            with unobserved():  # z is as the sessions left it
+                write = head_writes(layer, self.kept[Site("z", site.layer)], self.kept[Site("attn", site.layer)])
             value = write if site.index is None else write[:, :, site.index]
         else:
             value = self.kept[site.place]
@@ -84,6 +86,6 @@ def head_writes(
 
 
 def _gain(norm: torch.nn.Module, at: Float[Tensor, "row position width"]) -> Float[Tensor, "row position width"]:
-    """The factor per coordinate that an RMS norm applies at `at` (0 stays 0 there, so the factor is taken from a shifted input)."""
+    """The factor per coordinate that an RMS norm applies at `at` (0 where a coordinate is 0: it stays 0 whatever the factor)."""
     out = norm(at)
     return torch.where(at == 0, torch.zeros_like(at), out / torch.where(at == 0, torch.ones_like(at), at))

@@ -5,9 +5,8 @@ another. Everything that reads or edits a model goes through it. Hooks act in th
 leave with it, also after an exception.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +15,11 @@ from patchclamp.errors import FamilyError
 from patchclamp.models.anatomy import Anatomy, Layer
 from patchclamp.models.attention import Visits, module_tap, tapped
 from patchclamp.models.routing import RouterTap, spread_weights
+from patchclamp.models.scope import OPEN, eager, recomputed_alike
 from patchclamp.sites import Site
 
 Visitor = Callable[[Tensor], Tensor]
 TAPPED = ("q", "k", "v", "scores", "pattern")
-_OPEN: ContextVar[tuple["Session", ...]] = ContextVar("patchclamp_sessions", default=())
-"""The sessions of this thread, outermost first: an inner one sees what the outer ones have made of a value."""
 
 
 def first(output: Any) -> Tensor:
@@ -40,17 +38,21 @@ class Session:
     def __init__(self, anatomy: Anatomy, visitors: Mapping[Site, Visitor]) -> None:
         self.anatomy = anatomy
         self.visitors = dict(sorted(visitors.items(), key=lambda item: item[0].key))
+        self.opened = False
         self.handles: list[Any] = []
         self.surrounded: set[int] = set()
-        self.shape: tuple[int, ...] = ()
+        self.stash: dict[Any, Any] = {}
+        """What one hook of a call keeps for a later one."""
 
     @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> Generator[None, None, None]:
         """Install the hooks; remove them on the way out."""
         with ExitStack() as stack:
-            token = _OPEN.set((*_OPEN.get(), self))
-            stack.callback(_OPEN.reset, token)
+            self.opened = True
+            token = OPEN.set((*OPEN.get(), self))
+            stack.callback(OPEN.reset, token)
             stack.callback(self._remove)
+            stack.enter_context(recomputed_alike(self.anatomy.hf))
             watched = self._watched()
             if watched:
                 stack.enter_context(eager(self.anatomy))
@@ -68,6 +70,8 @@ class Session:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.stash.clear()
+        self.opened = False
 
     def _watched(self) -> dict[int, Visits]:
         """Visits by attention module."""
@@ -81,7 +85,7 @@ class Session:
         """Visit a module's (first) input."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self not in _OPEN.get():
+            if self not in OPEN.get():
                 return None
             if args:
                 value = change(args[0])
@@ -95,7 +99,7 @@ class Session:
         """Visit a module's (first) output."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if self not in _OPEN.get():
+            if self not in OPEN.get():
                 return None
             old = first(output)
             value = change(old)
@@ -108,14 +112,17 @@ class Session:
         entered: list[Any] = []
         self.surrounded.add(id(module))
 
+        def innermost() -> bool:
+            around = [session for session in OPEN.get() if id(module) in session.surrounded]
+            return bool(around) and around[-1] is self
+
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            around = [session for session in _OPEN.get() if id(module) in session.surrounded]
-            if around and around[-1] is self:
+            if innermost():
                 entered.append(mode(args[0] if args else kwargs["hidden_states"]))
                 entered[-1].__enter__()
 
         def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if entered:
+            if entered and innermost():
                 entered.pop().__exit__(None, None, None)
 
         self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -160,19 +167,19 @@ class Session:
 
     def _unflattened(self, visit: Visitor) -> Visitor:
         """Visit [row x position, ...] as [row, position, ...], by the shape that the model's first block saw."""
-        if not self.shape:
-            self.shape = (0, 0)
+        if "shape" not in self.stash:
+            self.stash["shape"] = ()
             self.before(self.anatomy.layers[0].block, self._keep_shape)
 
         def change(value: Tensor) -> Tensor:
-            seen = value.unflatten(0, self.shape)
+            seen = value.unflatten(0, self.stash["shape"])
             edited = visit(seen)
             return value if edited is seen else edited.flatten(0, 1)
 
         return change
 
     def _keep_shape(self, value: Tensor) -> Tensor:
-        self.shape = tuple(value.shape[:2])
+        self.stash["shape"] = tuple(value.shape[:2])
         return value
 
 
@@ -185,7 +192,7 @@ def _install_global(session: Session, place: Site, visit: Visitor) -> None:
     else:
 
         def logits(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if session in _OPEN.get():
+            if session in OPEN.get():
                 output.logits = visit(output.logits)
 
         session.handles.append(anatomy.hf.register_forward_hook(logits))
@@ -216,24 +223,24 @@ def _install_write(session: Session, module: nn.Module, post: nn.Module | None, 
 
 def _install_middle(session: Session, layer: Layer, visit: Visitor) -> None:
     """Residual stream after attention = before it + what attention writes; a change is put into what attention writes."""
-    kept: list[Tensor] = []
 
     def keep(value: Tensor) -> Tensor:
-        kept[:] = [value]
+        session.stash[layer.first] = value
         return value
 
     def change(write: Tensor) -> Tensor:
-        middle = kept.pop() + write
+        middle = session.stash[layer.first] + write
         edited = visit(middle)
         return write if edited is middle else write + (edited - middle)
 
-    session.before(layer.block, keep)
+    assert layer.first is not None  # blocks with a middle have it: `dissect` has checked
+    session.before(layer.first, keep)  # behind what any session does to the block's input
     _install_write(session, layer.attn, layer.attn_post, layer.scale, change)
 
 
 def _install_experts(session: Session, router: nn.Module, visit: Visitor) -> None:
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if session not in _OPEN.get():
+        if session not in OPEN.get():
             return None
         logits, weights, chosen = output
         spread = spread_weights(logits, weights, chosen)
@@ -241,27 +248,3 @@ def _install_experts(session: Session, router: nn.Module, visit: Visitor) -> Non
         return None if edited is spread else (logits, edited.gather(-1, chosen).to(weights.dtype), chosen)
 
     session.handles.append(router.register_forward_hook(hook))
-
-
-@contextmanager
-def eager(anatomy: Anatomy) -> Iterator[None]:
-    """Eager attention for the time of a session: only there do scores and patterns exist."""
-    configs = {id(c): c for c in _configs(anatomy)}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            if config._attn_implementation != "eager":
-                config._attn_implementation = "eager"
-        yield
-    finally:
-        for key, config in configs.items():
-            if config._attn_implementation != before[key]:
-                config._attn_implementation = before[key]
-
-
-def _configs(anatomy: Anatomy) -> Iterator[Any]:
-    yield anatomy.config
-    for layer in anatomy.layers:
-        config = getattr(layer.attention, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            yield config
