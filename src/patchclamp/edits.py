@@ -99,8 +99,13 @@ class Mix:
     fallback: Tensor
 
     def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
-        # an empty position (padding) may hold anything: it is masked everywhere behind
-        return torch.lerp(_fit(self.fallback, value, seen).expand_as(value), value, self.gate.to(value.dtype))
+        gate, rows = self.gate.to(value.dtype), self.fallback.shape[0]
+        if self.fallback.dim() == value.dim() and 1 < rows < len(value) == rows * seen.settings:
+            # settings side by side: the fallback is broadcast over them, not copied for each
+            gate = gate.unflatten(0, (-1, rows)) if len(gate) == len(value) else gate
+            fallback = self.fallback.to(device=value.device, dtype=value.dtype)
+            return torch.lerp(fallback, value.unflatten(0, (-1, rows)), gate).flatten(0, 1)
+        return torch.lerp(_fit(self.fallback, value, seen).expand_as(value), value, gate)
 
 
 def _fit(replacement: Tensor, value: Tensor, seen: Seen) -> Tensor:

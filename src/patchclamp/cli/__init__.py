@@ -1,0 +1,47 @@
+"""The command line: parse, call, print. Every command leaves with code 0, or with 2 and one message."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from patchclamp.cli import inspect, look, questions
+from patchclamp.errors import PatchclampError
+
+app = typer.Typer(
+    name="patchclamp",
+    help="Which parts of a language model facilitate a behaviour, which interfere, which do not matter: mapped by intervening.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+questions.add(app)
+inspect.add(app)
+look.add(app)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"patchclamp {installed('patchclamp')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a `PatchclampError` becomes one message and exit code 2, Ctrl-C leaves with 130."""
+    try:
+        app()
+    except PatchclampError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished steps are kept: run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,167 @@
+"""What commands share: options, loading, progress, printing."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from patchclamp.errors import PatchclampError, TaskError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from patchclamp.models.model import Model
+    from patchclamp.tasks import Task
+
+out = Console()
+err = Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="A hub name, a folder, or zoo/NAME.", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; by default the checkpoint's own.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default CUDA where there is one.")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto, or another device map of accelerate.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not beside the model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository. Only if you trust it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="A task's option, key=value. May be repeated.")]
+Columns = Annotated[str | None, typer.Option(help="Columns of a table as our fields: clean=good,corrupt=bad,answer=label.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap prompts in the tokenizer's chat template.")]
+Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="With or without a first BOS token; by default as the tokenizer does.")]
+
+
+def load_model(
+    model: str, dtype: str | None = None, device: str | None = None, device_map: str | None = None, revision: str | None = None,
+    tokenizer: str | None = None, trust: bool = False,
+) -> "Model":  # fmt: skip
+    """The model, with a word on the screen while it loads."""
+    import logging
+
+    from patchclamp.models.model import Model
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with err.status(f"loading {model}"):
+        return Model.load(
+            model, dtype=dtype, device=device, device_map=device_map, revision=revision, tokenizer=tokenizer, trust_remote_code=trust
+        )
+
+
+def find_task(task: str, options: Sequence[str] | None, columns: str | None, chat: bool, bos: bool | None) -> "Task":
+    """The task by name or file, with its options."""
+    from patchclamp.tasks import load_task
+
+    given: dict[str, Any] = {}
+    for option in options or ():
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise TaskError(f"--option {option!r} is not key=value")
+        given[key.strip()] = _value(value.strip())
+    if columns is not None:
+        pairs = [item.partition("=") for item in columns.split(",")]
+        if not all(equals for _, equals, _ in pairs):
+            raise TaskError(f"--columns {columns!r} is not field=column,field=column (fields: clean, corrupt, answer, wrong)")
+        given["columns"] = {field.strip(): column.strip() for field, _, column in pairs}
+    if chat:
+        given["chat"] = True
+    if bos is not None:
+        given["bos"] = bos
+    return load_task(task, **given)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+class Bars:
+    """Progress of steps: one line per finished step, one bar for what is running."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars, self.task, self.what = bars, None, ""  # type: ignore[var-annotated]
+        self.task: TaskID | None
+
+    def step(self, name: str, event: str, seconds: float) -> None:
+        """A step began, was done, or was kept from before."""
+        if event == "begin":
+            self._show(name, None, None)
+        elif name not in ("prompts", "patterns-all", "patterns-none"):
+            note = "kept from before" if event == "kept" else f"{seconds:.1f} s"
+            self.bars.console.print(Text(f"  {name:<16} {note}", style="dim"))
+
+    def progress(self, what: str, done: int, of: int) -> None:
+        """Something is so far."""
+        self._show(what, done, of)
+
+    def _show(self, what: str, done: int | None, of: int | None) -> None:
+        if self.task is None or what != self.what:
+            if self.task is not None:
+                self.bars.remove_task(self.task)
+            self.task, self.what = self.bars.add_task(what, total=of), what
+        self.bars.update(self.task, completed=done or 0, total=of)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Progress on standard error, gone when it is done."""
+    columns = (TextColumn("  {task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        yield Bars(progress)
+
+
+def print_json(body: object) -> None:
+    """One JSON document on standard output."""
+    from patchclamp.store.codec import plain
+
+    typer.echo(json.dumps(plain(body), ensure_ascii=False, allow_nan=False))
+
+
+def print_rows(rows: Sequence[Mapping[str, object]], title: str | None = None) -> None:
+    """A table; what is untrusted is printed as it is, never as markup."""
+    table = Table(title=title, header_style="bold", box=None, pad_edge=False, title_justify="left")
+    names = list(rows[0]) if rows else []
+    for name in names:
+        numeric = all(isinstance(row[name], int | float) or row[name] is None for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(row[name])) for name in names))
+    out.print(table)
+
+
+def print_frame(frame: "pl.DataFrame", columns: Sequence[str], most: int | None = None, title: str | None = None) -> None:
+    """Columns of a data frame, those that are there."""
+    there = [column for column in columns if column in frame.columns]
+    rows = frame.select(there).head(most if most is not None else frame.height).to_dicts()
+    print_rows(rows, title)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}" if value and abs(value) < 0.001 else f"{value:.3f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))  # pyright: ignore[reportUnknownArgumentType]
+    return str(value)
+
+
+def run_folder(text: str) -> Path | None:
+    """The path, if it is the folder of a run."""
+    path = Path(text).expanduser()
+    return path if (path / "manifest.json").is_file() or (path / "plan.json").is_file() else None
+
+
+def refuse_both(given: object, name: str) -> None:
+    """Raise where an option makes no sense beside a run folder."""
+    if given is not None:
+        raise PatchclampError(f"{name} was given beside a run folder, which has its own: leave it out, or give MODEL TASK")

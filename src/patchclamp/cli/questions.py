@@ -1,0 +1,129 @@
+"""Commands that ask something of a model and keep a run: map, gate, attribute, verify, discover, trust."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from patchclamp.cli import common
+from patchclamp.cli.common import Bos, Chat, Columns, Device, DeviceMap, Dtype, Json, Options, Revision, Tokenizer, Trust
+from patchclamp.errors import PatchclampError
+
+Subject = Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A hub name, a folder, zoo/NAME; or the folder of a run.", show_default=False)]
+TaskArgument = Annotated[str | None, typer.Argument(metavar="[TASK]", help="A built-in task, or a JSONL, CSV, Parquet, text or Python file.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="The run's folder; by default runs/ and the question's digest.")]
+N = Annotated[int | None, typer.Option("--n", help="Prompts in all (fit : select : confirm = 2 : 1 : 1).")]
+Seed = Annotated[int | None, typer.Option(help="Of the draw, the split, the fits and the intervals. [default: 0]")]
+Metric = Annotated[str | None, typer.Option(help="logit_diff, log_probability, nll, ...; by default the task's.")]
+Fallback = Annotated[str | None, typer.Option(help="What a closed gate passes: resample, mean, zero. [default: resample with pairs, else mean]")]
+Second = Annotated[str | None, typer.Option(help="The fallback that effects are repeated under.")]
+Direction = Annotated[str | None, typer.Option(help="noising or denoising. [default: noising]")]
+Method = Annotated[str | None, typer.Option(help="exact, gradient, integrated, random. [default: integrated]")]
+Budget = Annotated[str | None, typer.Option(help="Of the learned gates: default, code (the authors' code), paper (its text).")]
+Pressure = Annotated[float | None, typer.Option("--lambda", help="Pressure on the gates; by default the budget's.")]
+Faithfulness = Annotated[float | None, typer.Option(help="What the circuit is to keep. [default: 0.85]")]
+MinAccuracy = Annotated[float | None, typer.Option(help="Below it there is nothing to map. [default: 0.75]")]
+Draws = Annotated[int | None, typer.Option("--random-circuits", help="Of the circuit's size and shape. [default: 100]")]
+NoNulls = Annotated[bool, typer.Option("--no-nulls", help="Do not fit gates to shuffled answers and re-initialised weights.")]
+Force = Annotated[bool, typer.Option("--force", help="Fit gates even where answers hardly vary.")]
+
+CHOICES = {"direction": ("noising", "denoising"), "budget": ("default", "code", "paper")}
+
+
+def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Path | None, as_json: bool, given: dict[str, Any],
+         loading: dict[str, Any], asked: dict[str, Any]) -> None:  # fmt: skip
+    """One question: open its run, do the steps, write the report, say what was found."""
+    for name, allowed in CHOICES.items():
+        if given.get(name) is not None and given[name] not in allowed:
+            raise PatchclampError(f"--{name} {given[name]!r} was asked for: choose from {', '.join(allowed)}")
+    folder = common.run_folder(subject)
+    if task is None and folder is None:
+        raise PatchclampError(f"{subject!r} is not the folder of a run, and no TASK was given: say MODEL TASK (see `patchclamp tasks`)")
+    from patchclamp.report import write_report
+    from patchclamp.study import STEPS, Plan, map, open_run
+
+    plan = Plan(**{name: value for name, value in given.items() if value is not None})
+    if task is None:
+        assert folder is not None
+        subject, task, plan, loading, asked, out = _from_run(folder, plan, given, loading, asked, out)
+    found = common.find_task(task, asked.get("options"), asked.get("columns"), asked.get("chat", False), asked.get("bos"))
+    model = common.load_model(subject, **loading)
+    source = {"model": subject, "task": task, "loading": loading, "asked": asked}
+    with common.bars() as bars, open_run(out, model, found, plan, watch=bars.step, source=source) as run:
+        common.err.print(Text(f"{subject} on {found.name}: {run.folder}"))
+        study = map(model, found, plan, run, do=steps or STEPS, progress=bars.progress)
+        assert study.folder is not None
+        report = write_report(study.folder)
+    if as_json:
+        common.print_json(_summary(study, report))
+    else:
+        from patchclamp.cli.show import show
+
+        show(study, report, steps or STEPS)
+
+
+def _from_run(folder: Path, plan: Any, given: dict[str, Any], loading: dict[str, Any], asked: dict[str, Any], out: Path | None) -> Any:
+    from patchclamp.store import load_plan
+    from patchclamp.study import Plan
+
+    for name, value in {**loading, **asked}.items():
+        common.refuse_both(value or None, f"--{name.replace('_', '-')}")
+    stored = load_plan(folder)
+    source = stored.get("source")
+    if not isinstance(source, dict):
+        raise PatchclampError(f"{folder} does not say which model and task it is of: give MODEL TASK")
+    changed = {name: value for name, value in given.items() if value is not None}
+    question = replace(Plan.of(stored["plan"]), **changed)
+    same = question == Plan.of(stored["plan"])
+    return source["model"], source["task"], question, source["loading"], source["asked"], out or (folder if same else None)
+
+
+def _summary(study: Any, report: Path) -> dict[str, Any]:
+    record = study.record
+    return {
+        "headline": record.headline,
+        "folder": str(study.folder),
+        "report": str(report),
+        "baseline": record.baseline,
+        "circuit": None if record.circuit is None else [str(site) for site in record.circuit],
+        "trust": record.trust,
+        "nulls": record.nulls,
+        "claims": record.claims,
+        "warnings": record.warnings,
+        "scores": record.scores.to_dicts(),
+    }
+
+
+def add(app: typer.Typer) -> None:
+    """Put the commands on the app."""
+    for name, steps, about in (
+        ("map", None, "Map a behaviour: roles, exact effects, a circuit, how far to trust it, a report."),
+        ("gate", ("gate",), "Learn gates: which parts facilitate, interfere, do not matter; with nulls."),
+        ("attribute", ("attribute",), "Score every part with one method, beside exact effects."),
+        ("verify", ("verify",), "Exact effect of every part, two fallbacks, random prefixes, agreement of methods."),
+        ("discover", ("discover",), "Find a circuit: the fewest parts that keep the behaviour."),
+        ("trust", ("discover", "trust"), "Judge the circuit: faithfulness, completeness, minimality, random circuits."),
+    ):
+        app.command(name, help=about)(_command(steps))
+
+
+def _command(steps: tuple[str, ...] | None) -> Any:
+    def command(
+        subject: Subject, task: TaskArgument = None, out: Out = None, n: N = None, seed: Seed = None, metric: Metric = None,
+        fallback: Fallback = None, second: Second = None, direction: Direction = None, method: Method = None, budget: Budget = None,
+        pressure: Pressure = None, faithfulness: Faithfulness = None, min_accuracy: MinAccuracy = None, random_circuits: Draws = None,
+        no_nulls: NoNulls = False, force: Force = False, option: Options = None, columns: Columns = None, chat: Chat = False,
+        bos: Bos = None, dtype: Dtype = None, device: Device = None, device_map: DeviceMap = None, revision: Revision = None,
+        tokenizer: Tokenizer = None, trust_remote_code: Trust = False, as_json: Json = False,
+    ) -> None:  # fmt: skip
+        given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction, "method": method,
+                 "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
+                 "random_circuits": random_circuits, "nulls": False if no_nulls else None, "force": True if force else None}  # fmt: skip
+        loading = {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision, "tokenizer": tokenizer,
+                   "trust": trust_remote_code}  # fmt: skip
+        asked = {"options": option, "columns": columns, "chat": chat, "bos": bos}
+        _ask(steps, subject, task, out, as_json, given, loading, asked)
+
+    return command

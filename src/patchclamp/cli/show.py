@@ -1,0 +1,57 @@
+"""One screen of what a study found."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import polars as pl
+from rich.text import Text
+
+from patchclamp.cli.common import out, print_frame
+from patchclamp.study import Study
+from patchclamp.study.claims import shown
+
+STYLES = {"supported": "green", "not supported": "yellow", "not tested": "dim"}
+
+
+def show(study: Study, report: Path, steps: Collection[str]) -> None:
+    """Headline, warnings, the largest effects, circuit and trust, claims, the report's path."""
+    record, base = study.record, study.record.baseline
+    out.print()
+    out.print(Text(record.headline, style="bold"))
+    for warning in record.warnings:
+        out.print(Text(f"! {warning}", style="yellow"))
+    right = "" if base.accuracy is None else f", right in {base.accuracy:.0%} of pairs"
+    top1 = "" if base.top1 is None else f", top-1 {base.top1:.0%}"
+    out.print(Text(f"Baseline on {base.n} prompts: {base.metric} {shown(base.open)} open, {shown(base.closed)} closed{right}{top1}; "
+                   f"most frequent answer {base.majority:.0%}"))  # fmt: skip
+    if "exact" in record.scores.columns:
+        _parts(record.scores)
+    if record.circuit is not None:
+        names = " ".join(str(site) for site in record.circuit)
+        out.print(Text.assemble(("Circuit ", "bold"), f"({len(record.circuit)} of {record.scores.height}): {names}"))
+    if record.trust is not None:
+        trust = record.trust
+        text = f"faithfulness {shown(trust.faithfulness)}; {trust.draws} random circuits {shown(trust.random)}"
+        text += "" if trust.completeness is None else f"; completeness {shown(trust.completeness)}"
+        text += "" if trust.stability is None else f"; stability {trust.stability:.2f}"
+        out.print(Text.assemble(("Trust ", "bold"), text))
+    for null in record.nulls:
+        out.print(Text(f"Null, {null.name}: {null.facilitating + null.interfering:.0%} of {null.parts} parts called "
+                       f"facilitating or interfering ({null.raw_facilitating + null.raw_interfering:.0%} without safeguards)"))  # fmt: skip
+    for claim in record.claims:
+        out.print(Text.assemble((f"{claim.verdict:>13}  ", STYLES[claim.verdict]), claim.statement))
+    out.print(Text.assemble(("Report ", "bold"), str(report)))
+
+
+def _parts(scores: pl.DataFrame) -> None:
+    frame = scores.sort(pl.col("exact").abs(), descending=True)
+    columns = ("site", "role", "exact", "exact_low", "exact_high", "exact_q", "second", "shifted", "gradient", "integrated", "gate_plus", "gate_minus")
+    out.print()
+    print_frame(frame, columns, most=10, title="Largest exact effects (open minus closed, 95 % intervals)")
+    if "role" in scores.columns:
+        for role in ("facilitating", "interfering", "redundant", "irrelevant", "undecided"):
+            sites = scores.filter(pl.col("role") == role)["site"].to_list()
+            if sites:
+                note = " (while the others are open)" if role == "irrelevant" else ""
+                out.print(Text.assemble((f"{role.capitalize()}{note} ", "bold"), f"({len(sites)}): {' '.join(sites)}"))
+    out.print()

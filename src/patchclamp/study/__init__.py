@@ -1,0 +1,298 @@
+"""The main job: map one behaviour of one model, causally, and say how far the map is to be trusted.
+
+`map` reads as its own summary. What it finds is a `Study`: tables, a circuit, claims with verdicts, and the record that the
+report is made from.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from patchclamp import gating
+from patchclamp.circuit import Circuit
+from patchclamp.discover import discover
+from patchclamp.discover.threshold import ranked
+from patchclamp.errors import PatchclampError
+from patchclamp.methods import attribute, effects, groups_of
+from patchclamp.models.model import Model
+from patchclamp.parts import Fallback, Nodes, nodes
+from patchclamp.scores import Scores
+from patchclamp.store import Run, Watch
+from patchclamp.store.record import Baseline, Claim, Record
+from patchclamp.study import record as records
+from patchclamp.study import steps
+from patchclamp.study.claims import Found, claims, headline
+from patchclamp.study.plan import STEPS, Plan
+from patchclamp.study.provenance import identity, provenance
+from patchclamp.tasks import Examples, Task, load_task
+from patchclamp.tasks._split import Split
+from patchclamp.trust import Trusted, resampled_circuits, trust
+
+__all__ = ["STEPS", "Plan", "Study", "load", "map", "open_run"]
+
+Progress = Callable[[str, int, int], None]
+"""Told (what is running, how much is done, how much there is)."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that one run found. In a notebook it shows itself."""
+
+    record: Record
+    folder: Path | None = None
+
+    @property
+    def scores(self) -> pl.DataFrame:
+        """A row per part: exact effects with intervals, attributions, gates, roles."""
+        return self.record.scores
+
+    @property
+    def circuit(self) -> Circuit | None:
+        """The parts that keep the behaviour."""
+        return self.record.circuit
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Every sentence, with scope, evidence, refuting intervention and verdict."""
+        return self.record.claims
+
+    def __str__(self) -> str:
+        return self.record.headline
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(f"<li><b>{escape(claim.verdict)}</b>: {escape(claim.statement)} ({escape(claim.evidence)})</li>" for claim in self.claims)
+        table = Scores(self.scores.rename({"exact": "score"}), {})._repr_html_() if "exact" in self.scores.columns else ""  # pyright: ignore[reportPrivateUsage]
+        return f"<p><b>{escape(self.record.headline)}</b></p><ul>{rows}</ul>{table}"
+
+
+@dataclass
+class _Work:
+    """One map while it runs: what every step needs, and what the steps have found."""
+
+    model: Model
+    plan: Plan
+    run: Run
+    split: Split
+    parts: Nodes
+    kind: str
+    fallback: Fallback
+    metric: str
+    baseline: Baseline
+    told: Progress
+    warnings: list[str] = field(default_factory=list[str])
+    found: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, of: self.told(what, done, of)
+
+    def exact(self, name: str, examples: Examples, fallback: Fallback) -> Scores:
+        """Exact effects as a step."""
+        plan = self.plan
+        direction = plan.direction if fallback.kind == "resample" else "noising"
+        return self.run.step(
+            name, attribute, self.parts, examples, fallback, "exact", metric=self.metric, direction=direction, seed=plan.seed,
+            progress=self.progress("exact effects"),
+        )  # fmt: skip
+
+
+def map(
+    model: Model,
+    task: Task | str,
+    plan: Plan | None = None,
+    run: Run | None = None,
+    *,
+    do: Collection[str] = STEPS,
+    progress: Progress | None = None,
+) -> Study:
+    """Map one task on one model: baseline, gate, attribute, verify, circuit, trust.
+
+    Args:
+        model: the model.
+        task: the behaviour, or its name or file.
+        plan: the question; the defaults are those of `patchclamp map`.
+        run: where finished steps are kept (`open_run`); by default nothing is kept.
+        do: which steps; each brings what it needs.
+        progress: told what is running, how much is done and how much there is.
+
+    Raises:
+        BaselineError: the model does not show the behaviour.
+        TaskError: too few prompts fit the tokenizer.
+        PatchclampError: anything else that was asked and cannot be, with what to do.
+    """
+    plan, run = plan or Plan(), run or Run.unsaved()
+    if unknown := set(do) - set(STEPS):
+        raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join(STEPS)}")
+    task = load_task(task) if isinstance(task, str) else task
+    work = _begin(model, task, plan, run, progress or (lambda what, done, of: None))
+    if {"attribute", "verify", "gate"} & set(do):
+        _verify(work, whole="verify" in do)
+    if "attribute" in do or "verify" in do:
+        _attribute(work, ("gradient", "integrated", "random") if "verify" in do else (plan.method,))
+    if "gate" in do:
+        _gate(work)
+    if {"discover", "trust"} & set(do):
+        _discover(work)
+    if "trust" in do:
+        _trust(work)
+    return _finish(work, task, run)
+
+
+def _begin(model: Model, task: Task, plan: Plan, run: Run, told: Progress) -> _Work:
+    split = task.split(model.tokenizer, plan.n, seed=plan.seed)
+    parts = nodes(model)
+    kind = plan.fallback or ("resample" if split.fit[0].corrupt is not None else "mean")
+    fallback = parts.fallback(kind, fit=split.fit)
+    metric = steps.metric_for(split.confirm, plan.metric)
+    baseline = run.step("baseline", steps.baseline, parts, split.confirm, fallback, metric)
+    steps.require(baseline, split.confirm, plan.min_accuracy)
+    work = _Work(model, plan, run, split, parts, kind, fallback, metric, baseline, told)
+    if fallback.off_distribution:
+        work.warnings.append(f"The fallback {kind} puts in values that the model never computes itself: effects may be of the shock, not of the part.")
+    if split.confirm.majority > 0.9 and not split.confirm[0].targets:
+        work.warnings.append(f"{split.confirm.majority:.0%} of the prompts have the same answer: parts that always say it look like parts that know it.")
+    return work
+
+
+def _verify(work: _Work, whole: bool) -> None:
+    """Exact effects on prompts that nothing is fitted to; under a second fallback; behind random prefixes."""
+    found, plan, confirm = work.found, work.plan, work.split.confirm
+    found["exact"] = work.exact("exact", confirm, work.fallback)
+    if not whole:
+        return
+    second = plan.second or ("mean" if work.kind.partition(":")[0] != "mean" else "zero")
+    found["second_fallback"] = second
+    found["second"] = work.exact("second", confirm, work.parts.fallback(second, fit=work.split.fit))
+    top = steps.top_parts(found["exact"], work.parts, 6)
+    if plan.direction == "denoising":
+        found["shifted"] = steps.Shifted(None, "prompts were not shifted: effects are of denoising")
+        return
+    found["shifted"] = work.run.step(
+        "shifted", steps.behind_prefixes, work.parts, work.model, confirm, work.kind, work.fallback, top, work.metric, plan.seed
+    )
+
+
+def _attribute(work: _Work, names: tuple[str, ...]) -> None:
+    """What cheaper methods say of the same parts on the same prompts, and how far it agrees with exact effects."""
+    found, key = work.found, "attributions" if len(names) > 1 else f"attribution-{names[0]}"
+    found["attributions"] = work.run.step(
+        key, steps.attributions, work.parts, work.split.confirm, work.fallback, work.metric, names, work.plan.seed,
+        work.progress("attribution"),
+    )  # fmt: skip
+    exact: Scores = found["exact"]
+    found["agreement"] = {name: scores.agreement(exact) for name, scores in found["attributions"].items() if name != "exact"}
+    if "second" in found:
+        found["agreement"]["second fallback"] = found["second"].agreement(exact)
+    if "shifted" in found and found["shifted"].scores is not None:
+        found["agreement"]["random prefixes"] = found["shifted"].scores.agreement(exact)
+
+
+def _gate(work: _Work) -> None:
+    """Learned gates: roles with their nulls, judged on prompts they were not fitted to."""
+    split = work.split
+    work.found["roles"] = work.run.step(
+        "roles", gating.roles, work.parts, split.fit, split.select, work.fallback, work.plan.gating, progress=work.told
+    )
+
+
+def _discover(work: _Work) -> None:
+    """A circuit from exact effects on the select set."""
+    plan, split = work.plan, work.split
+    samples = work.run.step(
+        "select-effects", effects, work.parts, split.select, work.fallback, "exact", metric=work.metric, seed=plan.seed,
+        progress=work.progress("effects for the circuit"),
+    )  # fmt: skip
+    sites = [work.parts.labels[number] for number in work.parts.counted]
+    about = {"method": "exact", "metric": work.metric, "fallback": work.fallback.kind, "seed": plan.seed}
+    scores = Scores.from_samples(sites, samples.double().numpy(), about, groups=groups_of(split.select), seed=plan.seed)
+    circuit, _ = work.run.step(
+        "discover", discover, work.parts, split.select, work.fallback, scores, faithfulness=plan.faithfulness, by=plan.order,
+        metric=work.metric,
+    )  # fmt: skip
+    work.found |= {"circuit": circuit, "selected": scores, "samples": samples}
+
+
+def _trust(work: _Work) -> None:
+    """The circuit on the confirm set, against random circuits of its size and shape."""
+    plan, found, confirm = work.plan, work.found, work.split.confirm
+    resampled = resampled_circuits(found["selected"], found["samples"], len(found["circuit"]), groups_of(work.split.select), seed=plan.seed)
+    found["trusted"] = work.run.step(
+        "trust", trust, work.parts, confirm, work.fallback, found["circuit"], ranked(found["selected"], plan.order),
+        groups=groups_of(confirm), metric=work.metric, random_circuits=plan.random_circuits, resampled=resampled, seed=plan.seed,
+        progress=work.progress("circuit against random ones"),
+    )  # fmt: skip
+
+
+def _finish(work: _Work, task: Task, run: Run) -> Study:
+    found, model, confirm = work.found, work.model, work.split.confirm
+    trusted: Trusted | None = found.get("trusted")
+    shifted: steps.Shifted | None = found.get("shifted")
+    roles = found.get("roles")
+    summary = Found(
+        model=model.name.rstrip("/").rpartition("/")[2] or model.name,
+        task=task.name,
+        n=len(confirm),
+        fallback=work.fallback.kind,
+        baseline=work.baseline,
+        parts=len(work.parts.counted),
+        exact=found.get("exact"),
+        second=found.get("second"),
+        second_fallback=found.get("second_fallback", ""),
+        shifted=None if shifted is None else shifted.scores,
+        shift_reason="" if shifted is None else shifted.reason,
+        agreement=found.get("agreement"),
+        roles=None if roles is None else roles.table,
+        nulls=() if roles is None else roles.nulls,
+        circuit=found.get("circuit"),
+        wanted=work.plan.faithfulness,
+        trusted=trusted,
+    )
+    top = steps.top_parts(found["exact"], work.parts, 6, heads_only=True) if "exact" in found else []
+    record = Record(
+        headline=headline(summary),
+        plan=records.plan_of(work.plan),
+        provenance=provenance(model, task, work.split, work.plan, run),
+        baseline=work.baseline,
+        scores=records.table(work.parts, found),
+        fallbacks=(work.kind, *([found["second_fallback"]] if "second" in found else [])),
+        agreement=found.get("agreement", {}),
+        nulls=summary.nulls,
+        toggles=None if roles is None else roles.toggles,
+        toggled="log-probability of the answer",
+        curve=None if trusted is None else trusted.curve,
+        random=None if trusted is None else trusted.draws,
+        circuit=found.get("circuit"),
+        trust=None if trusted is None else records.trust_of(trusted),
+        examples=run.step("prompts", steps.prompts, model, confirm, work.metric),
+        patterns=run.step("patterns-all" if top else "patterns-none", steps.patterns, model, confirm, top),
+        claims=claims(summary),
+        warnings=tuple([*work.warnings, *(() if roles is None else roles.warnings)]),
+    )
+    run.save(record)
+    return Study(record, run.folder)
+
+
+def open_run(
+    folder: str | Path | None, model: Model, task: Task, plan: Plan, watch: Watch | None = None, source: Mapping[str, Any] | None = None
+) -> Run:
+    """Open (or go on with) the run of this question; by default in runs/ under its digest. Use it as a context manager.
+
+    Args:
+        folder: the run's folder.
+        model, task, plan: the question.
+        watch: told of every step.
+        source: how model and task were named, kept in plan.json so that the question can be asked again from the folder.
+    """
+    body = {"plan": plan, "source": dict(source) if source is not None else None}
+    return Run.open(folder, body, digest=identity(model, task, plan), task=task.name, model=model.name, watch=watch)
+
+
+def load(folder: str | Path) -> Study:
+    """A finished study from its folder; no model is loaded."""
+    from patchclamp.store import load_record
+
+    return Study(load_record(folder), Path(folder))

@@ -1,0 +1,77 @@
+"""Plan: the frozen, hashable question of one study."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from patchclamp.discover.threshold import Order
+from patchclamp.errors import PatchclampError
+from patchclamp.gating import GatingSettings, gating_settings
+from patchclamp.methods import Direction
+
+STEPS = ("gate", "attribute", "verify", "discover", "trust")
+"""What a map does, in order; each can be asked for alone."""
+Budget = Literal["default", "code", "paper"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked. Two runs with equal plans, weights and tasks are the same run.
+
+    Args:
+        n: prompts in all (fit : select : confirm = 2 : 1 : 1); None: all rows of a file, 256 of a task that draws.
+        seed: of the draw, the split, the fits and the intervals.
+        metric: by default the task's.
+        fallback: what a closed gate passes; by default resample where there are pairs, else mean.
+        second: the fallback that effects are repeated under; by default mean (zero where mean is the first).
+        direction: noising closes parts on clean prompts; denoising puts clean values into corrupt prompts.
+        method: the attribution that `attribute` gives beside exact effects.
+        budget: of the learned gates: default, code (the authors' code), paper (its text).
+        pressure: lambda of the learned gates; by default the budget's.
+        faithfulness: what the circuit is to keep.
+        order: by which the circuit's parts are taken.
+        random_circuits: how many of the same size it is compared with.
+        min_accuracy: of the model on the task; below it there is nothing to map.
+        nulls: whether gates are also fitted to shuffled answers and re-initialised weights.
+        force: fit gates even where answers hardly vary.
+    """
+
+    n: int | None = None
+    seed: int = 0
+    metric: str | None = None
+    fallback: str | None = None
+    second: str | None = None
+    direction: Direction = "noising"
+    method: str = "integrated"
+    budget: Budget = "default"
+    pressure: float | None = None
+    faithfulness: float = 0.85
+    order: Order = "magnitude"
+    random_circuits: int = 100
+    min_accuracy: float = 0.75
+    nulls: bool = True
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("faithfulness", 0, 1), ("min_accuracy", 0, 1)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise PatchclampError(f"{name} {value} was asked for: choose a number from {low} to {high}")
+        if self.random_circuits < 1:
+            raise PatchclampError(f"{self.random_circuits} random circuits were asked for: choose at least 1")
+
+    @property
+    def gating(self) -> GatingSettings:
+        """The settings of the learned gates."""
+        changes: dict[str, object] = {"seed": self.seed, "one_sided": self.force}
+        if self.pressure is not None:
+            changes["lam"] = self.pressure
+        if not self.nulls:
+            changes["null_seeds"] = 0
+        return gating_settings(self.budget, **changes)
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "Plan":
+        """A plan as plan.json keeps it."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in stored.items() if name in known})
