@@ -46,7 +46,8 @@ def load_model(
 
     from patchclamp.models.model import Model
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     with err.status(f"loading {model}"):
         return Model.load(
             model, dtype=dtype, device=device, device_map=device_map, revision=revision, tokenizer=tokenizer, trust_remote_code=trust

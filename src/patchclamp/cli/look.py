@@ -1,7 +1,7 @@
 """Commands that show what is there: tasks, families, zoo, runs, report."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -9,6 +9,9 @@ from rich.text import Text
 from patchclamp.cli import common
 from patchclamp.cli.common import Bos, Chat, Columns, Json, Options
 from patchclamp.errors import PatchclampError
+
+if TYPE_CHECKING:
+    from patchclamp.models.families import Family
 
 
 def add(app: typer.Typer) -> None:
@@ -99,14 +102,12 @@ def families(as_json: Json = False) -> None:
         common.print_rows(rows)
 
 
-def _special(family: object) -> list[str]:
-    words = {"attn_post": "post-norms", "scale": "scaled residual", "router": "mixture of experts"}
-    found = [word for name, word in words.items() if getattr(family, name) is not None]
-    if getattr(family, "middle") is None:  # noqa: B009
-        found.append("parallel blocks")
-    if not getattr(family, "interface"):  # noqa: B009
-        found.append("attention watched inside its module")
-    return found
+def _special(family: "Family") -> list[str]:
+    found = [word for given, word in (
+        (family.attn_post, "post-norms"), (family.scale, "scaled residual"), (family.router, "mixture of experts"),
+        (not family.interface, "attention watched inside its module"),
+    ) if given]  # fmt: skip
+    return [*found, "parallel blocks"] if family.may_be_parallel else found
 
 
 def zoo(as_json: Json = False) -> None:

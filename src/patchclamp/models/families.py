@@ -63,6 +63,11 @@ class Family:
     refuse: Callable[[Config], str | None] = lambda config: None
     """A reason why this configuration is not understood, or None."""
 
+    @property
+    def may_be_parallel(self) -> bool:
+        """Whether some configuration has parallel blocks."""
+        return self.parallel is not _never
+
 
 def _gpt2_refuses(config: Config) -> str | None:
     if getattr(config, "reorder_and_upcast_attn", False):

@@ -1,6 +1,8 @@
 """Loading: from a hub name, a folder, the zoo, or a model object."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,11 @@ def load(
     where = resolve(name)
     model = _model(where, name, dtype, device, device_map, revision, trust_remote_code, quantization_config)
     return model, _tokenizer(tokenizer, where, name, revision, trust_remote_code), name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model by name, without its weights; raises `ModelError` where there is none."""
+    return _tokenizer(None, resolve(name), name, None, False)
 
 
 def resolve(name: str) -> str:
@@ -62,7 +69,8 @@ def _model(
     if Path(where).is_dir():
         _only_safetensors(Path(where), name)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
+        with _no_bar():
+            model: Any = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"the model {name!r} could not be loaded: {reason}") from error
@@ -70,6 +78,20 @@ def _model(
     if device_map is None and quantization is None and getattr(model, "hf_quantizer", None) is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """No bar while weights are put in place: it takes no time (a download from the hub still shows)."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _only_safetensors(folder: Path, name: str) -> None:
