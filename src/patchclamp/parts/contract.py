@@ -1,7 +1,7 @@
 """The contract: what every kind of parts offers, and all that methods know of them."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +18,7 @@ Gates = Float[Tensor, "setting #example #position part"]
 """One gate per setting, example (or 1 for all), position (or 1 for all) and part."""
 
 
+@runtime_checkable
 class Parts(Protocol):
     """The contract. `labels` are unique, in forward order, and parse back as sites."""
 
@@ -31,6 +32,10 @@ class Parts(Protocol):
     @property
     def counted(self) -> tuple[int, ...]:
         """Indices of the parts that methods score and circuits hold (all but `embed`)."""
+        ...
+
+    def on(self, model: Model) -> "Parts":
+        """The same parts of another model of the same anatomy."""
         ...
 
     def open(self, settings: int = 1) -> Gates:

@@ -6,6 +6,7 @@ embedding's on the input of the first block.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -70,6 +71,12 @@ class Nodes:
 
     def __repr__(self) -> str:
         return f"Nodes({self.model.name!r}: {len(self.counted)} heads and MLPs)"
+
+    def on(self, model: Model) -> "Nodes":
+        """The same parts of another model of the same anatomy."""
+        other = copy(self)
+        other.model = model
+        return other
 
     def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
         """Gates of 1."""
