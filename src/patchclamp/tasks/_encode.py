@@ -11,7 +11,7 @@ from patchclamp.errors import TaskError
 from patchclamp.tasks._chat import Chat, messages_of, render, shift_spans
 from patchclamp.tasks._examples import Example
 from patchclamp.tasks._pairs import Answers, Pair, Prompt, Range, Tokens
-from patchclamp.tasks._tokens import Misfit, Tokenizer, id_named, ids_of, offsets_of, special_prefix, token_range, with_bos
+from patchclamp.tasks._tokens import Misfit, Tokenizer, id_named, ids_of, special_prefix, token_ranges, with_bos
 
 NO_LIMIT = 10**6  # tokenizers without a limit say a huge number
 
@@ -53,6 +53,7 @@ class _Side:
     text: str
     prefix: int
     spans: dict[str, Range]
+    special: Tokens | None = None
 
 
 def _encode(encoder: Encoder, pair: Pair) -> Example:
@@ -62,7 +63,7 @@ def _encode(encoder: Encoder, pair: Pair) -> Example:
     _check_answers(encoder, pair, right, wrong)
     corrupt = None
     if pair.corrupt is not None:
-        other = _side(encoder, pair.corrupt, alternatives)
+        other = _side(encoder, pair.corrupt, alternatives, clean.special)
         corrupt = other.tokens
         _check_alignment(encoder.tokenizer, pair, clean.tokens, corrupt)
         if other.answers != clean.answers:
@@ -73,8 +74,8 @@ def _encode(encoder: Encoder, pair: Pair) -> Example:
     return Example(clean.tokens, right, pair, corrupt, wrong, _token_spans(encoder, pair, clean), group=group)
 
 
-def _side(encoder: Encoder, prompt: Prompt, alternatives: Answers) -> _Side:
-    """Ids of a prompt and of what follows in tokenize(prompt + answer)."""
+def _side(encoder: Encoder, prompt: Prompt, alternatives: Answers, special: Tokens | None = None) -> _Side:
+    """Ids of a prompt and of what follows in tokenize(prompt + answer); `special` goes before, where it is known already."""
     tokenizer = encoder.tokenizer
     messages = messages_of(prompt, encoder.chat)
     text, spans = "", dict[str, Range]()
@@ -88,18 +89,18 @@ def _side(encoder: Encoder, prompt: Prompt, alternatives: Answers) -> _Side:
         return _Side(tokens, tuple(given), "", 0, {})
     if isinstance(prompt, str) and messages is not None:  # a wrapped answer begins a message of its own
         alternatives = tuple(one.lstrip() if isinstance(one, str) else one for one in alternatives)
-    prefix = special_prefix(tokenizer, text, encoder.bos)
     said = [one for one in alternatives if isinstance(one, str)]
     start, *joined = ids_of(tokenizer, [text, *(text + one for one in said)])
     merged = [one for one, whole in zip(said, joined, strict=True) if whole[: len(start)] != start]
+    prefix = special_prefix(tokenizer, text, start, encoder.bos) if special is None else special
     if merged:
         raise Misfit("answer merges with the end of the prompt", merged)
     after = iter(whole[len(start) :] for whole in joined)
     answers = tuple(next(after) if isinstance(one, str) else one for one in alternatives)
     if messages is not None:
         tokens, skipped = _once(tokenizer, prefix, start, encoder.bos)
-        return _Side(tokens, answers, text, skipped, spans)
-    return _Side(prefix + start, answers, text, len(prefix), spans)
+        return _Side(tokens, answers, text, skipped, spans, prefix)
+    return _Side(prefix + start, answers, text, len(prefix), spans, prefix)
 
 
 def _once(tokenizer: Tokenizer, prefix: Tokens, start: Tokens, bos: bool | None) -> tuple[Tokens, int]:
@@ -153,9 +154,8 @@ def _token_spans(encoder: Encoder, pair: Pair, side: _Side) -> dict[str, Range]:
         messages = messages_of(pair.clean, encoder.chat)
         given = dict(pair.spans) if messages is None else shift_spans(pair.spans, messages, side.spans)
         bare = side.tokens[side.prefix :] if side.prefix >= 0 else ids_of(encoder.tokenizer, [side.text])[0]
-        for name, span in {**side.spans, **given}.items():
-            start, end = token_range(encoder.tokenizer, side.text, bare, span)
-            spans[name] = start + side.prefix, end + side.prefix
+        ranges = token_ranges(encoder.tokenizer, side.text, bare, {**side.spans, **given})
+        spans = {name: (start + side.prefix, end + side.prefix) for name, (start, end) in ranges.items()}
     wrong = [name for name, (start, end) in spans.items() if not 0 <= start < end <= last]
     if wrong:
         raise TaskError(f"span {wrong[0]!r} lies outside its prompt of {last} tokens: {pair.clean!r}")
@@ -167,8 +167,8 @@ def _windows(encoder: Encoder, pair: Pair) -> list[Example]:
     those of the marked ranges, are to be predicted."""
     tokenizer, text = encoder.tokenizer, pair.clean
     if isinstance(text, str):
-        prefix = special_prefix(tokenizer, text[:1000], encoder.bos)
         (tokens,) = ids_of(tokenizer, [text])
+        prefix = special_prefix(tokenizer, text, tokens, encoder.bos)
         marked = None if pair.targets is None else _covered(tokenizer, text, tokens, pair.targets)
     else:
         given = tuple(token for token in text if isinstance(token, int))
@@ -195,20 +195,22 @@ def _windows(encoder: Encoder, pair: Pair) -> list[Example]:
 
 
 def _covered(tokenizer: Tokenizer, text: str, tokens: Tokens, targets: Sequence[Range]) -> set[int]:
-    offsets = offsets_of(tokenizer, text)
-    if offsets is None:
-        return {k for span in targets for k in range(*token_range(tokenizer, text, tokens, span))}
-    return {k for k, (first, last) in enumerate(offsets) if any(last > start and first < end for start, end in targets)}
+    ranges = token_ranges(tokenizer, text, tokens, {str(i): span for i, span in enumerate(targets)})
+    return {k for start, end in ranges.values() for k in range(start, end)}
 
 
 def _differing(pair: Pair) -> list[str]:
-    """The words in which two texts differ; the prompts themselves where their words do not line up."""
+    """The words in which two texts differ: word by word, or the stretch between what they share at both ends."""
     if not (isinstance(pair.clean, str) and isinstance(pair.corrupt, str)):
         return []
-    one, other = pair.clean.split(), pair.corrupt.split()
-    if len(one) != len(other):
-        return [f"{pair.clean[:60]} / {pair.corrupt[:60]}"]
-    return sorted({f"{a.strip('.,;:?!')}/{b.strip('.,;:?!')}" for a, b in zip(one, other, strict=True) if a != b})
+    one, other = ([word.strip(".,;:?!") for word in text.split()] for text in (pair.clean, pair.corrupt))
+    if len(one) == len(other):
+        return sorted({f"{a}/{b}" for a, b in zip(one, other, strict=True) if a != b})
+    while one and other and one[0] == other[0]:
+        one, other = one[1:], other[1:]
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return [f"{' '.join(one)}/{' '.join(other)}"]
 
 
 def _words(answers: Sequence[str | Tokens]) -> list[str]:

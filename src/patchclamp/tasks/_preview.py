@@ -5,9 +5,9 @@ from patchclamp.tasks._pairs import Tokens
 from patchclamp.tasks._tokens import Tokenizer
 
 
-def shown(examples: Examples) -> str:
-    """Each example on a few lines: prompts as tokens with `|` between them, answers, spans."""
-    lines = [line for i, one in enumerate(examples) for line in (f"{i + 1}.", *_lines(examples.tokenizer, one))]
+def shown(examples: Examples, k: int) -> str:
+    """The first `k` examples, each on a few lines: prompts as tokens with `|` between them, answers, spans."""
+    lines = [line for i, one in enumerate(examples.items[:k]) for line in (f"{i + 1}.", *_lines(examples.tokenizer, one))]
     lines += [f"dropped {count}: {reason}" for reason, count in examples.dropped.items()]
     return "\n".join(lines)
 

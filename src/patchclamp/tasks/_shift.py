@@ -41,4 +41,6 @@ def _behind(example: Example, head: int, prefix: tuple[int, ...]) -> Example:
 
     move = len(prefix)
     spans = {name: (start + move, end + move) if start >= head else (start, end) for name, (start, end) in example.spans.items()}
-    return replace(example, clean=put(example.clean), corrupt=None if example.corrupt is None else put(example.corrupt), spans=spans)
+    return replace(
+        example, clean=put(example.clean), corrupt=None if example.corrupt is None else put(example.corrupt), spans=spans
+    )

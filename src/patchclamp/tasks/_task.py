@@ -106,7 +106,7 @@ class Task:
     def preview(self, tokenizer: Tokenizer, k: int = 5, seed: int = 0) -> str:
         """`k` examples to be read, as the tokens that the model sees (`|` between them), with their spans and answers."""
         few = self.size is not None and self.size <= k
-        return shown(self.examples(tokenizer, None if few else k, seed))
+        return shown(self.examples(tokenizer, None if few else k, seed), k)
 
 
 @dataclass

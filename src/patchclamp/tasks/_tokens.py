@@ -16,7 +16,7 @@ class Tokenizer(Protocol):
     """
 
     def __call__(
-        self, text: list[str], /, *, add_special_tokens: bool = ..., return_offsets_mapping: bool = ...
+        self, text: list[str], /, *, add_special_tokens: bool = ..., return_offsets_mapping: bool = ..., verbose: bool = ...
     ) -> Mapping[str, Any]:
         """`input_ids`, a list per text, and `offset_mapping` where asked for."""
         ...
@@ -37,7 +37,7 @@ class Misfit(Exception):
 def ids_of(tokenizer: Tokenizer, texts: Sequence[str], special: bool = False) -> list[Tokens]:
     """Token ids of each text, without special tokens unless asked for."""
     try:
-        rows = tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+        rows = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     except Exception as error:  # tokenizers raise a bare Exception at a character they do not have
         raise Misfit("refused by the tokenizer", [texts[0]]) from error
     return [tuple(int(token) for token in row) for row in rows]
@@ -49,12 +49,13 @@ def id_named(tokenizer: Tokenizer, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def special_prefix(tokenizer: Tokenizer, text: str, bos: bool | None) -> Tokens:
-    """The special tokens that go before a text: as the tokenizer does (None), with exactly one BOS (True), without BOS (False).
+def special_prefix(tokenizer: Tokenizer, text: str, bare: Tokens, bos: bool | None) -> Tokens:
+    """The special tokens that go before a text whose own ids are `bare`.
 
+    As the tokenizer does (`bos` None), with exactly one BOS (True), or without BOS (False).
     What a tokenizer puts after a text (an end-of-text token) has no place between a prompt and its answer, and is left out.
     """
-    (bare,), (full,) = ids_of(tokenizer, [text]), ids_of(tokenizer, [text], special=True)
+    (full,) = ids_of(tokenizer, [text], special=True)
     starts = [k for k in range(len(full) - len(bare) + 1) if full[k : k + len(bare)] == bare]
     if not starts:
         raise TaskError("this tokenizer splits a text differently when it adds special tokens: give token ids instead of text")
@@ -80,25 +81,32 @@ def offsets_of(tokenizer: Tokenizer, text: str) -> list[Range] | None:
     """Characters of each token, where the tokenizer can say (a `fast` one); else None."""
     if not getattr(tokenizer, "is_fast", False):
         return None
-    rows = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    rows = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return [(int(start), int(end)) for start, end in cast(list[Range], rows[0])]
 
 
-def token_range(tokenizer: Tokenizer, text: str, tokens: Tokens, span: Range) -> Range:
-    """The tokens that cover some characters of `text`, whose ids without special tokens are `tokens`.
+def token_ranges(tokenizer: Tokenizer, text: str, tokens: Tokens, spans: Mapping[str, Range]) -> dict[str, Range]:
+    """The tokens that cover named characters of `text`, whose ids without special tokens are `tokens`.
 
-    By character offsets; where the tokenizer has none, by tokenising what precedes the span's two ends.
+    By character offsets; where the tokenizer has none, by tokenising what precedes the two ends of a span.
     """
-    start, end = span
-    if end > len(text):
-        raise TaskError(f"a span ends at character {end} of a text of {len(text)}: {text!r}")
-    offsets = offsets_of(tokenizer, text)
-    if offsets is not None:
+    beyond = [name for name, (_, end) in spans.items() if end > len(text)]
+    if beyond:
+        raise TaskError(f"span {beyond[0]!r} ends at character {spans[beyond[0]][1]} of a text of {len(text)}: {text[:80]!r}")
+    offsets = offsets_of(tokenizer, text) if spans else None
+    if offsets is None:
+        return {name: _range_by_ids(tokenizer, text, tokens, span) for name, span in spans.items()}
+    found: dict[str, Range] = {}
+    for name, (start, end) in spans.items():
         inside = [k for k, (first, last) in enumerate(offsets) if last > start and first < end]
         if not inside:
             raise Misfit("a span covers no token", [text[start:end]])
-        return inside[0], inside[-1] + 1
-    before, upto = text[:start].rstrip(), text[:end]
+        found[name] = inside[0], inside[-1] + 1
+    return found
+
+
+def _range_by_ids(tokenizer: Tokenizer, text: str, tokens: Tokens, span: Range) -> Range:
+    before, upto = text[: span[0]].rstrip(), text[: span[1]]
     first = _shared(ids_of(tokenizer, [before])[0], tokens) if before else 0
     (through,) = ids_of(tokenizer, [upto])
     last = _shared(through, tokens)
