@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,7 @@ Record = Callable[[Batch], Values]
 """Runs a batch and keeps what its places hold."""
 
 
+@runtime_checkable
 class Fallback(Protocol):
     """A rule, not a tensor: `at(batch)` gives the values for that batch's rows."""
 
