@@ -188,7 +188,8 @@ def _windows(encoder: Encoder, pair: Pair) -> list[Example]:
         targets = tuple(k for k in range(first, len(row)) if marked is None or k + shift in marked)
         if targets:
             _check_tokens(encoder, pair, (row,), len(row))
-            found.append(Example(row, (), pair, spans={"end": (len(row) - 1, len(row))}, targets=targets, group=pair.group))
+            spans, group = {"end": (len(row) - 1, len(row))}, pair.group or f"{start}: {text[:60]}"
+            found.append(Example(row, (), pair, spans=spans, targets=targets, group=group))
     if not found:
         raise Misfit("no token to predict")
     return found

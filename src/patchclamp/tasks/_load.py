@@ -31,7 +31,7 @@ def load_task(
     bos: bool | None = None,
     chat: bool = False,
     system: str | None = None,
-    template: Mapping[str, object] | None = None,
+    chat_arguments: Mapping[str, object] | None = None,
     window: int | None = None,
     **options: object,
 ) -> Task:
@@ -45,7 +45,7 @@ def load_task(
         bos: None: special tokens as the tokenizer does; True: exactly one BOS; False: none.
         chat: whether text prompts become chats, through the tokenizer's template.
         system: system message of a chat.
-        template: further arguments of the chat template.
+        chat_arguments: what the chat template takes besides, such as `enable_thinking`.
         window: tokens in a window of plain text.
         options: of the task itself; values may be strings, as the command line gives them.
 
@@ -56,8 +56,8 @@ def load_task(
     changes: dict[str, Any] = {}
     if bos is not None:
         changes["bos"] = bos
-    if chat or system is not None or template:
-        changes["chat"] = Chat(chat or task.chat.wrap, system, dict(template or {}))
+    if chat or system is not None or chat_arguments:
+        changes["chat"] = Chat(chat or task.chat.wrap, system, dict(chat_arguments or {}))
     if window is not None:
         changes["window"] = window
     return replace(task, **changes)

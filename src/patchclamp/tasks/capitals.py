@@ -35,7 +35,7 @@ CAPITALS = (
     ("Portugal", "Lisbon"), ("Ireland", "Dublin"), ("Norway", "Oslo"), ("Sweden", "Stockholm"), ("Denmark", "Copenhagen"),
     ("Finland", "Helsinki"), ("Poland", "Warsaw"), ("Austria", "Vienna"), ("Hungary", "Budapest"), ("Belgium", "Brussels"),
     ("Canada", "Ottawa"), ("Iran", "Tehran"), ("Iraq", "Baghdad"), ("Syria", "Damascus"), ("Thailand", "Bangkok"),
-    ("Chile", "Santiago"), ("Scotland", "Edinburgh"), ("Switzerland", "Bern"), ("India", "Delhi"), ("Cuba", "Havana"),
+    ("Chile", "Santiago"), ("Scotland", "Edinburgh"), ("Switzerland", "Bern"), ("Cuba", "Havana"),
     ("Turkey", "Ankara"), ("Lebanon", "Beirut"), ("Kenya", "Nairobi"), ("Vietnam", "Hanoi"), ("Peru", "Lima"),
     ("Indonesia", "Jakarta"), ("Serbia", "Belgrade"), ("Croatia", "Zagreb"), ("Romania", "Bucharest"), ("Ghana", "Accra"),
 )  # fmt: skip

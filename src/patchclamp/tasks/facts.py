@@ -44,8 +44,8 @@ RELATIONS = {
             "China": ("Shanghai", "Guangzhou", "Shenzhen", "Nanjing"),
             "India": ("Mumbai", "Kolkata", "Bangalore", "Chennai"),
             "Canada": ("Montreal", "Vancouver", "Toronto", "Calgary"),
-            "Australia": ("Sydney", "Melbourne", "Brisbane", "Perth"),
-            "England": ("Manchester", "Liverpool", "Birmingham", "Leeds"),
+            "Australia": ("Sydney", "Melbourne", "Brisbane", "Adelaide"),
+            "England": ("Manchester", "Liverpool", "Sheffield", "Leeds"),
             "Scotland": ("Glasgow", "Aberdeen"),
             "Pakistan": ("Karachi", "Lahore"),
             "Brazil": ("Rio de Janeiro", "Salvador"),
@@ -98,13 +98,13 @@ RELATIONS = {
             "The company {subject} was founded in the country of",
             "The headquarters of {subject} are in the country of",
             "Q: From which country does the company {subject} come? A: It comes from",
-            "Cars, shoes or phones: what {subject} makes was first made in",
+            "The first products of {subject} were sold in the country of",
         ),
         {
             "Japan": ("Toyota", "Honda", "Sony", "Nintendo", "Nissan", "Toshiba", "Mitsubishi"),
             "Germany": ("BMW", "Volkswagen", "Siemens", "Adidas", "Porsche", "Bosch"),
             "Italy": ("Ferrari", "Fiat", "Gucci", "Lamborghini", "Prada"),
-            "France": ("Renault", "Peugeot", "Michelin", "Airbus", "Chanel"),
+            "France": ("Renault", "Peugeot", "Michelin", "Danone", "Chanel"),
             "Sweden": ("Volvo", "Ericsson", "Spotify", "Electrolux"),
             "Finland": ("Nokia", "Rovio"),
             "China": ("Huawei", "Alibaba", "Lenovo", "Xiaomi"),
@@ -150,8 +150,8 @@ def _candidates(which: Which, rng: random.Random, tokenizer: Tokenizer) -> Itera
         rows = [(subject, answer) for answer, subjects in relation.subjects.items() for subject in subjects]
         tokens = count_tokens(tokenizer, (word for row in rows for word in row))
 
-        def kind(row: tuple[str, str], tokens: dict[str, int] = tokens) -> tuple[int, bool]:
-            return tokens[row[0]], tokens[row[1]] == 1
+        def kind(row: tuple[str, str], tokens: dict[str, int] = tokens) -> tuple[int, bool, bool]:
+            return tokens[row[0]], tokens[row[1]] == 1, row[0].startswith("the ")
 
         for one, two in partners(rng, rows, kind, lambda row: row[1]):
             for template in relation.templates:

@@ -79,7 +79,7 @@ MAPS: dict[str, tuple[Row, ...]] = {
         ("Portugal", "Lisbon"), ("Ireland", "Dublin"), ("Norway", "Oslo"), ("Sweden", "Stockholm"), ("Denmark", "Copenhagen"),
         ("Finland", "Helsinki"), ("Poland", "Warsaw"), ("Austria", "Vienna"), ("Hungary", "Budapest"), ("Belgium", "Brussels"),
         ("Canada", "Ottawa"), ("Iran", "Tehran"), ("Iraq", "Baghdad"), ("Syria", "Damascus"), ("Thailand", "Bangkok"),
-        ("Chile", "Santiago"), ("Scotland", "Edinburgh"), ("Switzerland", "Bern"), ("India", "Delhi"), ("Cuba", "Havana"),
+        ("Chile", "Santiago"), ("Scotland", "Edinburgh"), ("Switzerland", "Bern"), ("Cuba", "Havana"),
     ),
 }  # fmt: skip
 """Word -> word, by the name of the map."""
@@ -142,7 +142,7 @@ def _candidates(name: Map, form: Form, shots: int, corrupt: Corrupt, rng: random
     fitting = [row for row in rows if kind(row)[1]]
     good = [(one, two) for one, two in couples if kind(one) == kind(two) and kind(one)[1]]
     misfits = (_shown(rows, couple, shots, corrupt, rng) for couple in couples if couple not in good)
-    if not good or len(fitting) < shots + 4:  # the words of clean and corrupt query are kept out of the examples
+    if not good or len({frozenset(row) for row in fitting}) < shots + 2:  # the two queries are kept out of the examples
         return misfits
     return chain(misfits, endless(lambda: _shown(fitting, rng.choice(good), shots, corrupt, rng)))
 
@@ -150,8 +150,11 @@ def _candidates(name: Map, form: Form, shots: int, corrupt: Corrupt, rng: random
 def _shown(rows: Sequence[Row], couple: tuple[Row, Row], shots: int, corrupt: Corrupt, rng: random.Random) -> Pair:
     """A line for each example, then the query; every word has a blank before it, so that it is split as in running text."""
     (query, answer), (other, wrong) = rng.sample(couple, 2)
-    asked = {query, answer, other, wrong}
-    shown = rng.sample([row for row in rows if not asked & set(row)], shots)
+    shown, used = list[Row](), {query, answer, other, wrong}
+    for row in rng.sample(rows, len(rows)):
+        if len(shown) < shots and not used & set(row):
+            shown.append(row)
+            used |= set(row)
     right_sides = [row[1] for row in shown]
     template = "".join(f"Q: {{input{i}}} A: {{output{i}}}\n" for i in range(1, shots + 1)) + "Q: {query} A:"
     words = {f"input{i}": row[0] for i, row in enumerate(shown, 1)} | {"query": query}

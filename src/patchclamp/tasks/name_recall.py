@@ -20,8 +20,8 @@ NAMES = _NAMES
 
 TEMPLATES = (
     "Once upon a time, there was a {kind} {animal} named {name1}. One day, {name2} went to the {place}. Then,",
-    "Once upon a time, there was a {kind} {animal} named {name1}. Everyone in the {place} loved",
-    "There was once a {kind} {animal}, and its name was {name1}. In the {place}, all the children called it",
+    "Once upon a time, there was a {kind} {animal} named {name1}. Everyone near the {place} loved",
+    "There was once a {kind} {animal}, and its name was {name1}. Near the {place}, all the children called it",
     "This is the story of a {kind} {animal} named {name1}. One day, {name2} was lost near the {place}, and we all looked for",
     "We have a {kind} {animal} at home, called {name1}. Today I took the {animal2} to the {place}. Come here,",
     "I saw a {kind} {animal} near the {place}. On its collar I read its name, {name1}. So I fed",
