@@ -55,7 +55,9 @@ def fake_record(hostile: str = "") -> Record:
             {"baseline": 0.8, "roles": 24.1, "scores": 3.2, "exact": 6.7, "circuit": 4.4, "trust": 8.0}, 812_000_000,
             "0f3a9c21b7de" * 5 + "ab12", "patchclamp map zoo/small ioi --seed 0", "2026-03-04T10:12:13+00:00",
         ),
-        baseline=Baseline("logit_diff", Interval(3.21, 3.02, 3.4, 120), Interval(-3.18, -3.37, -2.99, 120), 0.99, 0.95, 0.09, 120),
+        baseline=Baseline(
+            "logit_diff", Interval(3.21, 3.02, 3.4, 120), Interval(-3.18, -3.37, -2.99, 120), 0.99, 0.95, 0.09, 120
+        ),
         scores=scores_frame(exact, random),
         fallbacks=("resample", "mean"),
         agreement={

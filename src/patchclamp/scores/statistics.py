@@ -61,7 +61,7 @@ def grouped(
 
 def _flips(parts: int, groups: int) -> int:
     """Random flips: enough for p = .05 / parts / 2, within the budget, and never fewer than 2000."""
-    return int(max(2000, min(40 * parts, _FLIP_BUDGET / (parts * groups))))
+    return int(max(2000, min(max(10_000, 40 * parts), _FLIP_BUDGET / (parts * groups))))
 
 
 def smallest_p(groups: int) -> float:

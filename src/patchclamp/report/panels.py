@@ -1,0 +1,185 @@
+"""What the report's template shows: numbers and charts of a record, section by section."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from patchclamp.report import figures
+from patchclamp.report.look import ROLES, Chart, clean
+from patchclamp.store.codec import plain
+from patchclamp.store.record import Prompt, Record
+
+_COMPARED = {
+    "gradient": ("gradient", "attribution patching", True),
+    "integrated": ("integrated", "integrated gradients", True),
+    "gate": ("gate", "facilitation − interference", False),
+    "random": ("random", "random score", False),
+    "second": ("second fallback", "second fallback", True),
+    "shifted": ("random prefixes", "after random prefixes", True),
+}
+_TABLE_ROWS = 24
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its caption; `name` is its id in the page and the name of the file that it is saved as."""
+
+    name: str
+    spec: Mapping[str, Any]
+    caption: str = ""
+    note: str = ""
+
+
+def signed(value: float | int | None, digits: int = 2) -> str:
+    """A number with its sign, true minus and all; a dash where there is none."""
+    return "–" if value is None else f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
+
+
+def number(value: float | int | None, digits: int = 2) -> str:
+    """A number without plus sign; thousands apart where it is whole."""
+    if value is None:
+        return "–"
+    return (
+        f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else f"{round(value, digits) + 0.0:.{digits}f}"
+    ).replace("-", "−")
+
+
+def percent(value: float | int | None) -> str:
+    """A share in percent."""
+    return "–" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "\u202f%"
+
+
+def context(record: Record) -> dict[str, Any]:
+    """Everything that the template names."""
+    scores = record.scores
+    return {
+        "record": record,
+        "maps": _maps(record),
+        "scatters": _scatters(record, ("gradient", "integrated", "gate", "random")),
+        "robust": _scatters(record, ("second", "shifted")),
+        "parts": _parts(scores),
+        "shown": _TABLE_ROWS,
+        "roles": {role: (letter, _count(scores, role)) for role, (letter, _, _) in ROLES.items()},
+        "null_figures": _nulls(record),
+        "circuit_figures": _circuit(record),
+        "curve": _curve(record),
+        "toggles": _toggles(record),
+        "patterns": _patterns(record),
+        "prompts": [_prompt(prompt) for prompt in record.examples],
+        "plan": json.dumps(plain(record.plan), indent=2, ensure_ascii=False),
+    }
+
+
+def _figure(name: str, chart: Chart, caption: str = "", note: str = "") -> Figure:
+    # checking each against Vega-Lite's schema would take longer than all else; the tests do it
+    return Figure(name, chart.to_dict(validate=False), caption, note)
+
+
+def _count(scores: pl.DataFrame, role: str) -> int:
+    return int((scores["role"] == role).sum()) if "role" in scores.columns else 0
+
+
+def _has(scores: pl.DataFrame, *columns: str) -> bool:
+    return all(name in scores.columns and scores[name].drop_nulls().len() for name in columns)
+
+
+def _maps(record: Record) -> list[Figure]:
+    maps: list[Figure] = []
+    if _has(record.scores, "role"):
+        maps.append(_figure("roles", figures.role_map(record.scores, "container", legend=False), "Roles"))
+    if _has(record.scores, "exact"):
+        how = ", ".join((record.baseline.metric, *(f"{name} fallback" for name in record.fallbacks[:1])))
+        caption = f"Exact effect of closing each part alone ({how})"
+        maps.append(_figure("effects", figures.effect_map(record.scores, width="container"), caption))
+    return maps
+
+
+def _scatters(record: Record, columns: tuple[str, ...]) -> list[Figure]:
+    scores = record.scores
+    if _has(scores, "facilitation", "interference"):
+        scores = scores.with_columns((pl.col("facilitation") - pl.col("interference")).alias("gate role"))
+    found: list[Figure] = []
+    for name in columns:
+        column = "gate role" if name == "gate" else name
+        if _has(scores, column, "exact"):
+            key, label, same_unit = _COMPARED[name]
+            if name == "second" and len(record.fallbacks) > 1:
+                label = f"{record.fallbacks[1]} fallback"
+            drawn = figures.agreement_scatter(scores, column, label, diagonal=same_unit, width="container")
+            agreement = record.agreement.get(key) or record.agreement.get(name)
+            note = "" if agreement is None else f"{agreement}".replace("-", "−")
+            found.append(_figure(f"exact-{name}", drawn, label[0].upper() + label[1:], note))
+    return found
+
+
+def _nulls(record: Record) -> list[Figure]:
+    found: list[Figure] = []
+    if record.nulls and _has(record.scores, "role"):
+        parts = sum(_count(record.scores, role) for role in ROLES) or 1
+        shares = {role: _count(record.scores, role) / parts for role in ("facilitating", "interfering")}
+        drawn = figures.null_shares(shares, record.nulls, "container")
+        found.append(_figure("null-shares", drawn, "Share of parts with a role; the dashed line is 5\u202f%"))
+    if _has(record.scores, "gate_plus", "gate_minus", "null_gate_plus", "null_gate_minus"):
+        drawn = figures.null_gates(record.scores, "container")
+        found.append(_figure("null-gates", drawn, "Gates of all parts, a tick each"))
+    return found
+
+
+def _circuit(record: Record) -> list[Figure]:
+    if record.circuit is None:
+        return []
+    drawn = figures.circuit_drawing(record.circuit, record.scores, "container")
+    found = [_figure("circuit", drawn, f"{len(record.circuit)} parts, input below")]
+    if record.trust and record.trust.minimality:
+        drawn = figures.minimality_bars(record.trust.minimality, "container")
+        found.append(_figure("minimality", drawn, "What each part is worth to the circuit"))
+    return found
+
+
+def _curve(record: Record) -> Figure | None:
+    if record.curve is None:
+        return None
+    size = None if record.circuit is None else len(record.circuit)
+    drawn = figures.faithfulness_curve(record.curve, record.random, size, "container")
+    return _figure("faithfulness", drawn, "Faithfulness against random circuits of the same size")
+
+
+def _toggles(record: Record) -> Figure | None:
+    if record.toggles is None:
+        return None
+    drawn = figures.toggle_curves(record.toggles, record.toggled, "container")
+    return _figure("toggle-check", drawn, f"{record.toggled[:1].upper()}{record.toggled[1:]} as parts are closed")
+
+
+def _patterns(record: Record) -> list[Figure]:
+    if record.patterns is None:
+        return []
+    sites = enumerate(record.patterns.sites)
+    return [_figure(f"pattern-{site}", figures.attention_pattern(record.patterns, i, "container"), site) for i, site in sites]
+
+
+def _parts(scores: pl.DataFrame) -> list[dict[str, Any]]:
+    """Rows of the table of parts: those with a role first, each by size of effect."""
+    rows = [clean(row) for row in scores.filter(pl.col("kind") != "embed").to_dicts()]
+    rows.sort(key=lambda row: (row.get("role") == "irrelevant", -abs(row.get("exact") or 0)))
+    return [{**row, "letter": ROLES.get(row.get("role") or "", ("",))[0], "effect": _effect(row)} for row in rows]
+
+
+def _effect(row: Mapping[str, Any]) -> str:
+    if row.get("exact") is None:
+        return "–"
+    low, high = row.get("exact_low"), row.get("exact_high")
+    return signed(row["exact"]) + ("" if low is None or high is None else f" [{signed(low)}, {signed(high)}]")
+
+
+def _prompt(prompt: Prompt) -> dict[str, Any]:
+    """Tokens with the shade of their probability, and where the corrupt prompt differs."""
+    tokens: list[dict[str, Any]] = []
+    for token, chance, other in zip(prompt.tokens, prompt.probabilities, prompt.corrupt or prompt.tokens, strict=True):
+        shade = None if chance is None else round(100 * chance)
+        tokens.append({"text": token, "chance": chance, "shade": shade, "instead": other if other != token else None})
+    bars = [(prompt.answer, prompt.p_answer, "right"), *([(prompt.wrong, prompt.p_wrong, "wrong")] if prompt.wrong else [])]
+    return {"tokens": tokens, "bars": bars, "metric": prompt.metric}
