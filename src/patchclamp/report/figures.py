@@ -246,5 +246,11 @@ def _grid(rows: Sequence[Mapping[str, Any]]) -> tuple[alt.X, alt.Y]:
     columns = [*(f"h{head}" for head in heads), *gap]
     layers = [f"L{layer}" for layer in sorted({row["layer"] for row in rows}, reverse=True)]
     across, up = (alt.Scale(domain=names, paddingInner=0.06) for names in (columns, layers))
-    x = alt.X("column:N", sort=columns, scale=across, title=None, axis=alt.Axis(labelAngle=0, labelOverlap=True, **BARE))
-    return x, alt.Y("row:N", sort=layers, scale=up, title=None, axis=alt.Axis(labelOverlap=True, **BARE))
+    x = alt.X(
+        "column:N",
+        sort=columns,
+        scale=across,
+        title=None,
+        axis=alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, **BARE),
+    )
+    return x, alt.Y("row:N", sort=layers, scale=up, title=None, axis=alt.Axis(labelOverlap=True, labelSeparation=4, **BARE))
