@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,11 @@ class Gated:
     pressure: float
     about: dict[str, Any] = field(default_factory=dict[str, Any])
     warnings: tuple[str, ...] = ()
+
+    @property
+    def descents(self) -> dict[str, Descent]:
+        """By what they learn: "gate", "gate_plus", "gate_minus"."""
+        return {"gate": self.free, "gate_plus": self.plus, "gate_minus": self.minus}
 
     @property
     def gate(self) -> Float[np.ndarray, "seed part"]:
@@ -146,6 +151,48 @@ def fit(
         labels, free, pressed.take(slice(0, settings.seeds)), pressed.take(slice(settings.seeds, None)), settings,
         settings.pressure(len(labels)), about, ready.warnings,
     )  # fmt: skip
+
+
+def refit(
+    parts: Parts,
+    gated: Gated,
+    examples: Examples,
+    fallback: Fallback,
+    factors: Sequence[float],
+    *,
+    progress: Progress | None = None,
+) -> tuple[Gated, ...]:
+    """G+ and G- at other lambdas: a short descent from each seed's own ends, all folded into one.
+
+    Args:
+        parts, examples, fallback: as in the fit.
+        gated: the fit to go on from; its G is kept.
+        factors: of lambda.
+
+    Cost: per update, one forward and one backward pass over a batch per seed, sign and factor.
+    """
+    settings, seeds = gated.settings, len(gated.gate)
+    ends = torch.from_numpy(np.concatenate([gated.plus.logits, gated.minus.logits]))
+    sign = torch.cat([torch.ones(seeds), -torch.ones(seeds)]).double() * settings.lam
+    stage = Stage(settings.refits, settings.pressed.rate, settings.pressed.last_rate)
+    batches = balanced(examples, settings).batches(settings.null_batch, settings.seed, 3)
+    moved = descend(
+        parts, batches, fallback, ends.repeat(len(factors), 1), torch.cat([factor * sign for factor in factors]), stage,
+        replace(settings, window=0), "other lambdas", progress,
+    )  # fmt: skip
+    found: list[Gated] = []
+    for number, factor in enumerate(factors):
+        at = 2 * seeds * number
+        found.append(
+            replace(
+                gated,
+                plus=moved.take(slice(at, at + seeds)),
+                minus=moved.take(slice(at + seeds, at + 2 * seeds)),
+                settings=replace(settings, lam=factor * settings.lam),
+                pressure=factor * gated.pressure,
+            )
+        )
+    return tuple(found)
 
 
 def random_logits(parts: int, seeds: Sequence[int], settings: GatingSettings) -> Float[Tensor, "setting part"]:

@@ -47,6 +47,7 @@ class GatingSettings:
             more than `level`.
         level: nats; see `still`.
         null_seeds: fits of each null; 0 leaves the nulls out (then no role can be called found).
+        null_batch: examples per update of the nulls and of the refits.
         refits: updates of each refit at a third and at three times lambda; 0 leaves them out.
         held_out: prompts at most on which roles are judged.
         one_sided: fit although one answer dominates and no pair can be mirrored.
@@ -56,18 +57,19 @@ class GatingSettings:
     name: str = "default"
     seeds: int = 4
     batch: int = 32
-    free: Stage = Stage(60, 1.0, 0.2)
-    pressed: Stage = Stage(60, 1.0, 0.2)
+    free: Stage = Stage(24, 1.0, 0.1)
+    pressed: Stage = Stage(30, 1.0, 0.1)
     lam: float = 0.1
     objective: Reduction = "mean"
     clamp: float = 4.0
     clip: float | None = 1.0
     hold: bool = True
-    window: int = 10
+    window: int = 8
     still: float = 0.05
     level: float = 0.002
     null_seeds: int = 2
-    refits: int = 16
+    null_batch: int = 16
+    refits: int = 12
     held_out: int = 64
     one_sided: bool = False
     seed: int = 0
@@ -79,8 +81,10 @@ class GatingSettings:
             raise GateError(
                 f"lambda and the clamp must be positive (G+ and G- give lambda its sign), not {self.lam} and {self.clamp}"
             )
-        if self.objective not in ("mean", "sum"):
-            raise GateError(f"the objective takes the 'mean' or the 'sum' over gates, not {self.objective!r}")
+
+    def for_null(self) -> "GatingSettings":
+        """The same with the nulls' own seeds and batch."""
+        return replace(self, seeds=self.null_seeds, batch=self.null_batch)
 
     def slope(self, parts: int) -> float:
         """Pressure per unit of one gate's logit, in nats: lambda / parts (mean) or lambda (sum)."""
