@@ -15,8 +15,6 @@ from rich.text import Text
 from patchclamp.errors import PatchclampError, TaskError
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from patchclamp.models.model import Model
     from patchclamp.tasks import Task
 
@@ -135,13 +133,6 @@ def print_rows(rows: Sequence[Mapping[str, object]], title: str | None = None) -
     for row in rows:
         table.add_row(*(Text(_cell(row[name])) for name in names))
     out.print(table)
-
-
-def print_frame(frame: "pl.DataFrame", columns: Sequence[str], most: int | None = None, title: str | None = None) -> None:
-    """Columns of a data frame, those that are there."""
-    there = [column for column in columns if column in frame.columns]
-    rows = frame.select(there).head(most if most is not None else frame.height).to_dicts()
-    print_rows(rows, title)
 
 
 def _cell(value: object) -> str:

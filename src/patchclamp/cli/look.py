@@ -37,11 +37,11 @@ def report(
     path = write_report(run)
     written = [str(path)]
     if csv is not None:
-        from patchclamp.report import write_csv
+        from patchclamp.report.export import write_csv
 
         written.append(str(write_csv(record, csv)))
     if figures is not None:
-        from patchclamp.report import write_figures
+        from patchclamp.report.export import write_figures
 
         written += [str(figure) for figure in write_figures(record, figures)]
     if as_json:

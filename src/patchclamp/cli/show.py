@@ -2,11 +2,12 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from rich.text import Text
 
-from patchclamp.cli.common import out, print_frame
+from patchclamp.cli.common import out, print_rows
 from patchclamp.study import Study
 from patchclamp.study.claims import shown
 
@@ -44,10 +45,18 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
 
 
 def _parts(scores: pl.DataFrame) -> None:
-    frame = scores.sort(pl.col("exact").abs(), descending=True)
-    columns = ("site", "role", "exact", "exact_low", "exact_high", "exact_q", "second", "shifted", "gradient", "integrated", "gate_plus", "gate_minus")
+    frame = scores.sort(pl.col("exact").abs(), descending=True).head(10)
+    names = {"second": "2nd fallback", "shifted": "shifted", "gradient": "gradient", "integrated": "integrated", "gate_plus": "G+",
+             "gate_minus": "G-"}  # fmt: skip
+    rows: list[dict[str, object]] = []
+    for row in frame.iter_rows(named=True):
+        shown_row: dict[str, object] = {"site": row["site"], "exact effect": _interval(row, "exact")}
+        shown_row |= {name: _number(row[column]) for column, name in names.items() if column in row}
+        if "role" in row:
+            shown_row["role"] = row["role"]
+        rows.append(shown_row)
     out.print()
-    print_frame(frame, columns, most=10, title="Largest exact effects (open minus closed, 95 % intervals)")
+    print_rows(rows, title="Largest exact effects (open minus closed, 95 % intervals)")
     if "role" in scores.columns:
         for role in ("facilitating", "interfering", "redundant", "irrelevant", "undecided"):
             sites = scores.filter(pl.col("role") == role)["site"].to_list()
@@ -55,3 +64,12 @@ def _parts(scores: pl.DataFrame) -> None:
                 note = " (while the others are open)" if role == "irrelevant" else ""
                 out.print(Text.assemble((f"{role.capitalize()}{note} ", "bold"), f"({len(sites)}): {' '.join(sites)}"))
     out.print()
+
+
+def _interval(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return _number(row[name]) + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"

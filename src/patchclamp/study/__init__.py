@@ -246,7 +246,7 @@ def _finish(work: _Work, task: Task, run: Run) -> Study:
         shift_reason="" if shifted is None else shifted.reason,
         agreement=found.get("agreement"),
         roles=None if roles is None else roles.table,
-        nulls=() if roles is None else roles.nulls,
+        nulls=() if roles is None else records.nulls_of(roles),
         circuit=found.get("circuit"),
         wanted=work.plan.faithfulness,
         trusted=trusted,

@@ -6,9 +6,10 @@ from typing import Any
 
 import polars as pl
 
+from patchclamp.gating import Roles
 from patchclamp.parts import Parts
 from patchclamp.scores import Scores
-from patchclamp.store.record import Trust
+from patchclamp.store.record import Null, Trust
 from patchclamp.study.plan import Plan
 from patchclamp.trust import Trusted
 
@@ -46,6 +47,14 @@ def _columns(scores: Scores, name: str, with_p: bool) -> pl.DataFrame:
     if with_p:
         chosen += [pl.col("p").alias(f"{name}_p"), pl.col("q").alias(f"{name}_q")]
     return scores.table.select(chosen)
+
+
+def nulls_of(roles: Roles) -> tuple[Null, ...]:
+    """The nulls of the learned gates, as the record keeps them."""
+    return tuple(
+        Null(null.name, null.facilitating, null.interfering, null.raw_facilitating, null.raw_interfering, null.parts, null.seeds)
+        for null in roles.nulls
+    )
 
 
 def trust_of(trusted: Trusted) -> Trust:
