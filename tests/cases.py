@@ -6,9 +6,13 @@ import torch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "intermediate_size": 64, "max_position_embeddings": 64, "head_dim": 8,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_GPT: dict[str, Any] = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_GPT: dict[str, Any] = {
+    "vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_OLD: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2}
 _PLAIN: dict[str, Any] = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -21,7 +25,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": SIZES | {"sliding_window": 4},
     "gemma3_text": SIZES | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3": {"text_config": SIZES | {"sliding_window": 4}, "vision_config": {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28, "patch_size": 14}},
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28,
+        "patch_size": 14}},
     "mistral": SIZES | {"sliding_window": 4},
     "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
@@ -29,19 +34,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi": SIZES | {"num_key_value_heads": 4},
     "phi3": SIZES,
     "olmo2": SIZES,
+    "olmo3": SIZES | {"sliding_window": 4},
     "gpt_oss": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
     "cohere": SIZES,
-    "granite": SIZES | {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 1.5, "attention_multiplier": 0.4},
+    "granite": SIZES | {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 1.5,
+                        "attention_multiplier": 0.4},
     "smollm3": SIZES,
-    "bloom": {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-    "falcon": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2},
-    "falcon-new": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2,
-                   "new_decoder_architecture": True, "bos_token_id": 1, "eos_token_id": 2},
-    "falcon-alibi": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True,
-                     "parallel_attn": False, "multi_query": False, "bos_token_id": 1, "eos_token_id": 2},
+    "bloom": _OLD | {"n_layer": 2, "n_head": 4, "pad_token_id": 0},
+    "falcon": _OLD | {"num_hidden_layers": 2, "num_attention_heads": 4},
+    "falcon-new": _OLD | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True},
+    "falcon-alibi": _OLD | {"num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True, "parallel_attn": False,
+                            "multi_query": False},
     "gptj": _GPT | {"rotary_dim": 4},
-    "gpt_neo": {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
-                "window_size": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neo": _OLD | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4,
+                       "max_position_embeddings": 64},
 }  # fmt: skip
 """Configurations by family; a name after a dash is a variant. Weights are drawn large enough for every part to matter."""
 

@@ -1,4 +1,4 @@
-"""What every test stands on: no network, shapes checked at run time, two threads, and the folder of shared models."""
+"""What every test stands on: no network, shapes checked at run time, one thread per process, and the folder of shared models."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ if "patchclamp" in sys.modules:
     raise RuntimeError("patchclamp was imported before tests/conftest.py, so its shapes would go unchecked")
 # Before transformers is imported; the subprocesses of tests inherit it.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # pytest-xdist runs one process per core
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
 install_import_hook("patchclamp", "beartype.beartype")

@@ -39,6 +39,12 @@ WATCHED: ContextVar[Mapping[int, Visits] | None] = ContextVar("patchclamp_watche
 """The visits of this thread, by id of the attention module."""
 
 
+def untouched(edited: Tensor, seen: Tensor) -> bool:
+    """Whether the model may go on with its own tensor. With gradients it must go on with the one that was seen, so that
+    what is recorded lies on the way to the logits."""
+    return edited is seen and not torch.is_grad_enabled()
+
+
 class SoftmaxTap(TorchFunctionMode):
     """Inside one attention call, hands softmax's input (scores) and output (pattern) to the visits."""
 
@@ -66,7 +72,7 @@ class SoftmaxTap(TorchFunctionMode):
             return visit(value)
         real = value[..., : self.keys]
         edited = visit(real)
-        return value if edited is real else torch.cat([edited, value[..., self.keys :]], -1)
+        return value if untouched(edited, real) else torch.cat([edited, value[..., self.keys :]], -1)
 
 
 def _heads_last(visits: Visits, name: str, value: Tensor) -> Tensor:
@@ -76,7 +82,7 @@ def _heads_last(visits: Visits, name: str, value: Tensor) -> Tensor:
         return value
     turned = value.transpose(1, 2)
     edited = visit(turned)
-    return value if edited is turned else edited.transpose(1, 2)
+    return value if untouched(edited, turned) else edited.transpose(1, 2)
 
 
 def _own_attention(module: nn.Module) -> Callable[..., Any]:
@@ -142,9 +148,9 @@ def _joined(outer: Mapping[int, Visits], inner: Mapping[int, Visits]) -> dict[in
     return joined
 
 
-def module_tap(key: int, rows: int) -> "ModuleTap":
-    """The tap for the attention module with this id, inside `tapped`."""
-    return ModuleTap((WATCHED.get() or {}).get(key, {}), rows)
+def module_tap(key: int, hidden: Tensor) -> "ModuleTap":
+    """The tap for one call of the attention module with this id, inside `tapped`; `hidden` is what it is called with."""
+    return ModuleTap((WATCHED.get() or {}).get(key, {}), len(hidden))
 
 
 class ModuleTap(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, Protocol, runtime_checkable
 
@@ -156,29 +157,25 @@ def visitors(anatomy: Anatomy, edits: Edits, now: Pass) -> dict[Site, Callable[[
     made: dict[Site, Callable[[Tensor], Tensor]] = {}
     for place in sorted(set(at_place) | wanted):
         anatomy.require(place)
-        made[place] = _visitor(place, tuple(at_place.get(place, ())), now, place in wanted)
+        made[place] = partial(_visit, place, tuple(at_place.get(place, ())), now, place in wanted)
     return made
 
 
-def _visitor(place: Site, edits: tuple[tuple[Site, Edit], ...], now: Pass, keep: bool) -> Callable[[Tensor], Tensor]:
-    def part(value: Tensor, stretch: Stretch) -> Tensor:
+def _visit(place: Site, edits: tuple[tuple[Site, Edit], ...], now: Pass, keep: bool, value: Tensor) -> Tensor:
+    """Carry out a place's edits, in order, on each stretch of the value; keep what it is then, if an edit wants to see it."""
+    live = now.live(place)
+    parts = [value] if len(live) == 1 else [_cut(place, value, stretch, now) for stretch in live]
+    edited: list[Tensor] = []
+    for stretch, before in zip(live, parts, strict=True):
+        after = before
         for site, edit in edits:
-            value = apply(site, edit, value, now, stretch)
+            after = apply(site, edit, after, now, stretch)
         if keep:
-            now.values.setdefault(stretch, {})[place] = value
+            now.values.setdefault(stretch, {})[place] = after
+        edited.append(after)
+    if all(after is before for after, before in zip(edited, parts, strict=True)):
         return value
-
-    def visit(value: Tensor) -> Tensor:
-        live = now.live(place)
-        if len(live) == 1:
-            return part(value, live[0])
-        parts = [_cut(place, value, stretch, now) for stretch in live]
-        edited = [part(before, stretch) for before, stretch in zip(parts, live, strict=True)]
-        if all(after is before for after, before in zip(edited, parts, strict=True)):
-            return value
-        return _joined(place, value, edited)
-
-    return visit
+    return edited[0] if len(live) == 1 else _joined(place, value, edited)
 
 
 def _cut(place: Site, value: Tensor, stretch: Stretch, now: Pass) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from patchclamp.errors import ModelError, NumericsError
 from patchclamp.models.editing import During, Edit, Edits, Pass, Stretch
 from patchclamp.models.inputs import prompts_of
-from patchclamp.models.model import Inputs, Model, still
+from patchclamp.models.model import Inputs, Model
 from patchclamp.models.sampling import Generation, Sampler
+from patchclamp.models.scope import still
 
 
 def generate(

@@ -1,7 +1,7 @@
 """Loading: from a hub name, a folder, the zoo, or a model object."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +29,8 @@ def load(
         name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
         return source, _tokenizer(tokenizer, None, name, None, trust_remote_code), name
     name = str(source)
+    if device is not None and device_map is not None:
+        raise ModelError(f"device={device!r} and device_map={device_map!r} were both asked: give one of them")
     where = resolve(name)
     model = _model(where, name, dtype, device, device_map, revision, trust_remote_code, quantization_config)
     return model, _tokenizer(tokenizer, where, name, revision, trust_remote_code), name
@@ -75,13 +77,18 @@ def _model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"the model {name!r} could not be loaded: {reason}") from error
     model.eval()
-    if device_map is None and quantization is None and getattr(model, "hf_quantizer", None) is None:
+    if getattr(model, "hf_quantizer", None) is not None:
+        if device is not None:
+            raise ModelError(
+                f"device={device!r} was asked of the quantised model {name!r}, which cannot be moved: give device_map"
+            )
+    elif device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model
 
 
 @contextmanager
-def _no_bar() -> Iterator[None]:
+def _no_bar() -> Generator[None, None, None]:
     """No bar while weights are put in place: it takes no time (a download from the hub still shows)."""
     from transformers.utils import logging
 

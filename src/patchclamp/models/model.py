@@ -16,6 +16,7 @@ from patchclamp.errors import ModelError, NumericsError
 from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.editing import Edits, Pass, visitors
 from patchclamp.models.sampling import Generation
+from patchclamp.models.scope import still
 from patchclamp.models.session import Session
 from patchclamp.sites import KINDS, PER_HEAD, PER_KV, Site, select
 from patchclamp.tasks._batch import Batch
@@ -292,19 +293,6 @@ class Model:
         """The local folder that the weights came from, if there is one."""
         path = Path(str(getattr(self.hf, "name_or_path", "") or ""))
         return path if path.is_dir() else None
-
-
-@contextmanager
-def still(hf: Any) -> Generator[None, None, None]:
-    """Evaluation mode for the time of a call; train mode is put back."""
-    training = [module for module in hf.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def require_text_model(hf: Any) -> None:

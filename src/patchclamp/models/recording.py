@@ -1,6 +1,7 @@
 """Recording: keep what a pass computes at sites, and derive what no module returns (a head's write)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -9,7 +10,7 @@ from torch import Tensor
 from patchclamp.models.anatomy import Anatomy, Layer
 from patchclamp.models.editing import HEAD_AXIS
 from patchclamp.models.scope import unobserved
-from patchclamp.models.session import Session, Visitor
+from patchclamp.models.session import Session
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
@@ -29,14 +30,11 @@ class Recorder:
                 places |= {Site("z", site.layer), Site("attn", site.layer)}
             else:
                 places.add(site.place)
-        return Session(self.anatomy, {place: self._keeper(place) for place in places})
+        return Session(self.anatomy, {place: partial(self._keep, place) for place in places})
 
-    def _keeper(self, place: Site) -> Visitor:
-        def visit(value: Tensor) -> Tensor:
-            self.kept[place] = value
-            return value
-
-        return visit
+    def _keep(self, place: Site, value: Tensor) -> Tensor:
+        self.kept[place] = value
+        return value
 
     def values(self, batch: Batch) -> dict[Site, Tensor]:
         """The recorded values, by site; a position keeps the one or several columns it names: [row, column, ...]."""
@@ -78,11 +76,22 @@ def head_writes(
     """
     heads = z.shape[2]
     alone = torch.eye(heads, dtype=z.dtype, device=z.device)[:, None, None, :, None] * z
-    bias = layer.output(torch.zeros_like(z[:1, :1].flatten(-2)))
-    write = torch.stack([layer.output(part.flatten(-2)) for part in alone], 2) - bias[:, :, None]
+    write = torch.stack([layer.output(part.flatten(-2)) for part in alone], 2) - _bias(layer, z)[:, :, None]
     if layer.attn_post is not None:
         write = write * _gain(layer.attn_post, attn)[:, :, None]
     return write * layer.scale
+
+
+def output_bias(
+    layer: Layer, z: Float[Tensor, "row position head head_width"], attn: Float[Tensor, "row position width"]
+) -> Float[Tensor, "#row #position width"]:
+    """What the output projection's bias adds to the residual stream."""
+    bias = _bias(layer, z)
+    return (bias if layer.attn_post is None else bias * _gain(layer.attn_post, attn)) * layer.scale
+
+
+def _bias(layer: Layer, z: Tensor) -> Tensor:
+    return layer.output(torch.zeros_like(z[:1, :1].flatten(-2)))
 
 
 def _gain(norm: torch.nn.Module, at: Float[Tensor, "row position width"]) -> Float[Tensor, "row position width"]:

@@ -1,12 +1,12 @@
 """Where sessions act: in the thread that opened them, under eager attention, and once more where activations are recomputed."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from patchclamp.errors import GateError
@@ -15,14 +15,16 @@ from patchclamp.models.attention import WATCHED, Visits
 from patchclamp.models.held import HOLDER, Undo
 
 
+@runtime_checkable
 class Opened(Protocol):
     """What is known here of a session."""
 
     opened: bool
     stash: dict[Any, Any]
+    modes: dict[int, Callable[[Tensor], Any]]
 
 
-OPEN: ContextVar[tuple[Any, ...]] = ContextVar("patchclamp_sessions", default=())
+OPEN: ContextVar[tuple[Opened, ...]] = ContextVar("patchclamp_sessions", default=())
 """The sessions of this thread, outermost first: an inner one sees what the outer ones have made of a value."""
 
 
@@ -53,6 +55,19 @@ def _configs(anatomy: Anatomy) -> Iterator[Any]:
         config = getattr(layer.attention, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             yield config
+
+
+@contextmanager
+def still(hf: Any) -> Generator[None, None, None]:
+    """Evaluation mode for the time of a call; train mode is put back."""
+    training = [module for module in hf.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
