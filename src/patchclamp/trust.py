@@ -190,7 +190,15 @@ def _random_circuits(
     def pick(among: Sequence[Site], count: int) -> list[Site]:
         return [among[int(i)] for i in rng.choice(len(among), size=count, replace=False)]
 
-    found = [(len(members), [site for kind, count in shape.items() for site in pick(by_kind[kind], count)]) for _ in range(draws)]
+    def alike() -> list[Site]:
+        return [site for kind, count in shape.items() for site in pick(by_kind[kind], count)]
+
+    def another() -> list[Site]:
+        """Not the circuit itself, where a few tries give any other (a small model may have no other of that shape)."""
+        tries = (alike() for _ in range(50))
+        return next((sites for sites in tries if set(sites) != set(members)), [*members])
+
+    found = [(len(members), another()) for _ in range(draws)]
     others = [k for k in grid if k not in (0, len(members), len(everything))]
     for k in others[:: max(1, len(others) // 8)]:
         found += [(k, pick(everything, k)) for _ in range(5)]

@@ -148,7 +148,6 @@ def _circuit(found: Found, circuit: Circuit) -> list[Claim]:
         return [Claim(text, found.scope, "no circuit was judged", refute, "not tested")
                 for text, refute in zip((sufficient, necessary, minimal), refutes, strict=True)]  # fmt: skip
     faithful, random = trusted.faithfulness, trusted.random
-    low = faithful.mean if faithful.low is None else faithful.low
     idle = [site for site, (_, below, _) in trusted.minimality.items() if below <= 0]
     # the wanted share was chosen on other prompts: it holds here where the interval does not lie below it
     reached = (faithful.mean if faithful.high is None else faithful.high) >= found.wanted
@@ -156,7 +155,7 @@ def _circuit(found: Found, circuit: Circuit) -> list[Claim]:
         Claim(sufficient, found.scope,
               f"faithfulness {shown(faithful)} on the confirm set; {random.n} random circuits of the same size and shape "
               f"{shown(random)} (mean and 95 % of draws), {trusted.beats:.0%} of them below", refutes[0],
-              _verdict(reached and low > (random.high or random.mean))),
+              _verdict(reached and trusted.beats >= 0.95)),
         Claim(necessary, found.scope, f"with the circuit closed {shown(trusted.rest)} of the behaviour is left", refutes[1],
               _verdict((trusted.rest.mean if trusted.rest.high is None else trusted.rest.high) < 0.2)),
         Claim(minimal, found.scope,
