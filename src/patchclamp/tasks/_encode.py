@@ -60,6 +60,8 @@ def _encode(encoder: Encoder, pair: Pair) -> Example:
     alternatives = (*pair.answer, *pair.wrong)
     clean = _side(encoder, pair.clean, alternatives)
     right, wrong = clean.answers[: len(pair.answer)], clean.answers[len(pair.answer) :]
+    longest = len(clean.tokens) + max(map(len, clean.answers)) - 1
+    _check_tokens(encoder, pair, (clean.tokens, *clean.answers), longest)
     _check_answers(encoder, pair, right, wrong)
     corrupt = None
     if pair.corrupt is not None:
@@ -68,8 +70,7 @@ def _encode(encoder: Encoder, pair: Pair) -> Example:
         _check_alignment(encoder.tokenizer, pair, clean.tokens, corrupt)
         if other.answers != clean.answers:
             raise Misfit("answers are split differently after the corrupt prompt", _words(alternatives))
-    longest = len(clean.tokens) + max(map(len, clean.answers)) - 1
-    _check_tokens(encoder, pair, (clean.tokens, corrupt or (), *clean.answers), longest)
+        _check_tokens(encoder, pair, (corrupt,), longest)
     group = pair.group or "|".join(sorted(str(part) for part in (pair.clean, pair.corrupt)))
     return Example(clean.tokens, right, pair, corrupt, wrong, _token_spans(encoder, pair, clean), group=group)
 
@@ -136,11 +137,12 @@ def _check_tokens(encoder: Encoder, pair: Pair, parts: Sequence[Tokens], longest
     if isinstance(limit, int) and limit < NO_LIMIT and longest > limit:
         raise Misfit(f"longer than the {limit} tokens that the tokenizer's model takes")
     unknown = id_named(encoder.tokenizer, "unk_token_id")
-    ends = {id_named(encoder.tokenizer, "bos_token_id"), id_named(encoder.tokenizer, "eos_token_id")}
-    if unknown is not None and unknown not in ends and any(unknown in part for part in parts):
+    if unknown is None or not any(unknown in part for part in parts):
+        return
+    if unknown not in (id_named(encoder.tokenizer, "bos_token_id"), id_named(encoder.tokenizer, "eos_token_id")):
         texts = [part for part in (pair.clean, pair.corrupt, *pair.answer, *pair.wrong) if isinstance(part, str)]
-        words = sorted({word for text in texts for word in text.split()})
-        strange = [word for word in words if unknown in ids_of(encoder.tokenizer, [f" {word}"])[0]]
+        words = sorted({f" {word}" for text in texts for word in text.split()})
+        strange = [word for word, row in zip(words, ids_of(encoder.tokenizer, words), strict=True) if unknown in row]
         raise Misfit("holds a word that the tokenizer does not know", strange)
 
 

@@ -102,7 +102,7 @@ def as_prompt(value: object, name: str) -> Prompt:
         return value
     if isinstance(value, Sequence) and value:
         items = list(cast(Sequence[object], value))
-        if all(_is_token(item) for item in items):
+        if _are_tokens(items):
             return cast(Tokens, tuple(items))
         if all(isinstance(item, Message | Mapping) for item in items):
             return tuple(_as_message(item, name) for item in items)
@@ -115,31 +115,25 @@ def as_answers(value: object, name: str) -> Answers:
         return ()
     if isinstance(value, str):
         value = (value,)
-    if _is_token(value):
+    if _are_tokens([value]):
         value = ((value,),)
     if not isinstance(value, Iterable):
         raise TaskError(f"{name!r} must be text, token ids or a list of alternatives, not {_shown(value)}")
     items = list(cast(Iterable[object], value))
-    if items and all(_is_token(item) for item in items):
+    if items and _are_tokens(items):
         return (cast(Tokens, tuple(items)),)
-    found: list[str | Tokens] = []
-    for item in items:
-        if isinstance(item, Sequence) and item and not isinstance(item, str):
-            tokens = list(cast(Sequence[object], item))
-            if all(_is_token(token) for token in tokens):
-                found.append(cast(Tokens, tuple(tokens)))
-                continue
-        if not isinstance(item, str) or not item:
-            raise TaskError(f"{name!r} holds {_shown(item)}: an alternative is text or token ids, and not empty")
-        found.append(item)
-    return tuple(found)
+    rows = [tuple(cast(Sequence[object], item)) if isinstance(item, list | tuple) else item for item in items]
+    bad = [row for row in rows if not row or not (isinstance(row, str) or (isinstance(row, tuple) and _are_tokens(row)))]
+    if bad:
+        raise TaskError(f"{name!r} holds {_shown(bad[0])}: an alternative is text or token ids, and not empty")
+    return cast(Answers, tuple(rows))
 
 
 def as_range(value: object, name: str) -> Range:
     """A half-open range, checked."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         ends = list(cast(Sequence[Any], value))
-        if len(ends) == 2 and all(_is_token(end) for end in ends) and 0 <= ends[0] < ends[1]:
+        if len(ends) == 2 and _are_tokens(ends) and 0 <= ends[0] < ends[1]:
             return int(ends[0]), int(ends[1])
     raise TaskError(f"{name} must be [start, end] with 0 <= start < end, not {_shown(value)}")
 
@@ -154,8 +148,8 @@ def _as_message(value: object, name: str) -> Message:
     return Message(role, content)
 
 
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_tokens(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def _shown(value: object) -> str:

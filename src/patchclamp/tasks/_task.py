@@ -20,7 +20,7 @@ from patchclamp.tasks._split import Split, deal
 from patchclamp.tasks._tokens import Misfit, Tokenizer
 
 DEFAULT_N = 256  # 128 to fit, 64 to select, 64 to confirm
-PATIENCE = 2000  # candidates in a row that bring nothing new, after which a source is taken to be dry
+PATIENCE = 1000  # candidates in a row that bring nothing new, after which a source is taken to be dry
 
 Candidates = Callable[[random.Random, Tokenizer], Iterator[Pair]]
 

@@ -69,18 +69,15 @@ def _pair(order: Order, counterfactual: Counterfactual, rng: random.Random) -> P
     frame, place, thing = rng.choice(TEMPLATES), rng.choice(PLACES), rng.choice(OBJECTS)
     io, subject, *others = rng.sample(NAMES, 5)
     io_first = order == "ABBA" or (order == "both" and rng.random() < 0.5)
-
-    def text(first: str, second: str, again: str) -> tuple[str, dict[str, tuple[int, int]]]:
-        return fill(frame, {"A": first, "B": second, "S2": again, "place": place, "object": thing})
-
     names = (io, subject) if io_first else (subject, io)
-    clean, spans = text(*names, subject)
     other = {
         "s2_io_flip": (*names, io),
         "s1_io_flip": (names[1], names[0], subject),
         "abc": (others[0], others[1], others[2]),
     }[counterfactual]
-    corrupt, _ = text(*other)
+    rest = {"place": place, "object": thing}
+    clean, spans = fill(frame, {**rest, "A": names[0], "B": names[1], "S2": subject})
+    corrupt, _ = fill(frame, {**rest, "A": other[0], "B": other[1], "S2": other[2]})
     spans["IO"], spans["S1"] = (spans["A"], spans["B"]) if io_first else (spans["B"], spans["A"])
     named = {name: span for name, span in spans.items() if name not in "AB"}
     return Pair(clean, f" {io}", corrupt, f" {subject}", named, mirrors=counterfactual == "s2_io_flip")
