@@ -13,7 +13,7 @@ from patchclamp.tasks._examples import Example
 from patchclamp.tasks._pairs import Answers, Pair, Prompt, Range, Tokens
 from patchclamp.tasks._tokens import Misfit, Tokenizer, id_named, ids_of, special_prefix, token_ranges, with_bos
 
-NO_LIMIT = 10**6  # tokenizers without a limit say a huge number
+NO_LIMIT = 10**6  # tokenizers without a limit of their own say a huge number
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Encoder:
         bos: None: special tokens as the tokenizer does; True: exactly one BOS; False: none. Token ids are taken as they are
             under None.
         chat: how messages are rendered, and whether text is wrapped.
-        window: tokens of a window of plain text, special tokens included.
+        window: tokens of a window of plain text, special tokens included; fewer where the tokenizer's model takes fewer.
         single: whether answers must be single tokens.
     """
 
@@ -133,9 +133,8 @@ def _check_alignment(tokenizer: Tokenizer, pair: Pair, clean: Tokens, corrupt: T
 
 
 def _check_tokens(encoder: Encoder, pair: Pair, parts: Sequence[Tokens], longest: int) -> None:
-    limit = getattr(encoder.tokenizer, "model_max_length", None)
-    if isinstance(limit, int) and limit < NO_LIMIT and longest > limit:
-        raise Misfit(f"longer than the {limit} tokens that the tokenizer's model takes")
+    if longest > _limit(encoder.tokenizer):
+        raise Misfit(f"longer than the {_limit(encoder.tokenizer)} tokens that the tokenizer's model takes")
     unknown = id_named(encoder.tokenizer, "unk_token_id")
     if unknown is None or not any(unknown in part for part in parts):
         return
@@ -144,6 +143,12 @@ def _check_tokens(encoder: Encoder, pair: Pair, parts: Sequence[Tokens], longest
         words = sorted({f" {word}" for text in texts for word in text.split()})
         strange = [word for word, row in zip(words, ids_of(encoder.tokenizer, words), strict=True) if unknown in row]
         raise Misfit("holds a word that the tokenizer does not know", strange)
+
+
+def _limit(tokenizer: Tokenizer) -> int:
+    """How many tokens the tokenizer's model takes."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    return min(limit, NO_LIMIT) if isinstance(limit, int) else NO_LIMIT
 
 
 def _token_spans(encoder: Encoder, pair: Pair, side: _Side) -> dict[str, Range]:
@@ -179,9 +184,10 @@ def _windows(encoder: Encoder, pair: Pair) -> list[Example]:
         tokens = with_bos(tokenizer, given, encoder.bos)
         prefix, more = (), len(tokens) - len(given)
         marked = None if pair.targets is None else {k + more for start, end in pair.targets for k in range(start, end)}
-    step = encoder.window - len(prefix)
+    window = min(encoder.window, _limit(tokenizer))
+    step = window - len(prefix)
     if step < 2:
-        raise TaskError(f"a window of {encoder.window} tokens holds nothing to predict: give a larger window")
+        raise TaskError(f"a window of {window} tokens holds nothing to predict: give a larger window")
     found: list[Example] = []
     for start in range(0, len(tokens), step):
         row = prefix + tokens[start : start + step]
@@ -189,7 +195,6 @@ def _windows(encoder: Encoder, pair: Pair) -> list[Example]:
         first = max(1, len(prefix))
         targets = tuple(k for k in range(first, len(row)) if marked is None or k + shift in marked)
         if targets:
-            _check_tokens(encoder, pair, (row,), len(row))
             spans, group = {"end": (len(row) - 1, len(row))}, pair.group or f"{start}: {text[:60]}"
             found.append(Example(row, (), pair, spans=spans, targets=targets, group=group))
     if not found:
