@@ -114,9 +114,9 @@ def _fit(replacement: Tensor, value: Tensor, seen: Seen) -> Tensor:
         if value.shape[0] != replacement.shape[0] * seen.settings:
             raise GateError(f"a value for {replacement.shape[0]} rows was put at {seen.site}, where {value.shape[0]} rows run")
         return replacement.repeat(seen.settings, *[1] * (value.dim() - 1))
-    try:
-        torch.broadcast_shapes(replacement.shape, value.shape)
-    except RuntimeError:
+    padded = (1,) * (value.dim() - replacement.dim()) + tuple(replacement.shape)
+    if len(padded) != value.dim() or any(have not in (1, want) for have, want in zip(padded, value.shape, strict=True)):
         shapes = f"{tuple(replacement.shape)} at {seen.site}, whose value is {tuple(value.shape)}"
-        raise GateError(f"shapes do not fit: {shapes}") from None
+        hint = " (new tokens run one by one: put it there on='prompt' only)" if seen.phase == "generation" else ""
+        raise GateError(f"shapes do not fit: {shapes}{hint}")
     return replacement
