@@ -19,6 +19,7 @@ from patchclamp.sites import Site
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 
+UNDECIDED = 0.45  # gates from .05 to .95 are neither open nor closed
 Progress = Callable[[str, int, int], None]
 """Called with (what is being fitted, updates done, updates at most)."""
 
@@ -138,7 +139,7 @@ def fit(
     )
     ends = torch.from_numpy(free.logits)
     sign = torch.ones(settings.seeds) * settings.lam
-    pressed = descend(
+    pressed = press(
         parts, ready.batches(settings.batch, settings.seed, 1), fallback, torch.cat([ends, ends]), torch.cat([sign, -sign]),
         settings.pressed, settings, "G+ and G-", progress,
     )  # fmt: skip
@@ -176,7 +177,7 @@ def refit(
     sign = torch.cat([torch.ones(seeds), -torch.ones(seeds)]).double() * settings.lam
     stage = Stage(settings.refits, settings.pressed.rate, settings.pressed.last_rate)
     batches = balanced(examples, settings).batches(settings.null_batch, settings.seed, 3)
-    moved = descend(
+    moved = press(
         parts, batches, fallback, ends.repeat(len(factors), 1), torch.cat([factor * sign for factor in factors]), stage,
         replace(settings, window=0), "other lambdas", progress,
     )  # fmt: skip
@@ -214,7 +215,7 @@ def descend(
 ) -> Descent:
     """Adam on gate logits. Each setting stops for itself, on its plateau or at the end of the budget."""
     logits, lam = _held(logits.double(), settings), lam.double()
-    adam = _Adam(logits)
+    adam = _Adam(logits, settings.memory)
     active = np.arange(len(logits))
     losses = np.full((len(logits), stage.updates), np.nan)
     trail = [sigmoid(logits.numpy())]
@@ -238,6 +239,58 @@ def descend(
     done = int(stopped.max())
     reason = tuple("budget" if row in active else "plateau" for row in range(len(logits)))
     return Descent(logits.numpy(), losses[:, :done], stopped, reason)
+
+
+def press(
+    parts: Parts,
+    batches: Iterator[Batch],
+    fallback: Fallback,
+    logits: Float[Tensor, "setting part"],
+    lam: Float[Tensor, " setting"],
+    stage: Stage,
+    settings: GatingSettings,
+    title: str = "",
+    progress: Progress | None = None,
+) -> Descent:
+    """A descent with pressure, and what it left half open settled on the batch after its last."""
+    found = descend(parts, batches, fallback, logits, lam, stage, settings, title, progress)
+    if not settings.settle:
+        return found
+    return replace(found, logits=settle(parts, next(batches), fallback, found.logits, lam, settings))
+
+
+def settle(
+    parts: Parts,
+    batch: Batch,
+    fallback: Fallback,
+    logits: Float[np.ndarray, "setting part"],
+    lam: Float[Tensor, " setting"],
+    settings: GatingSettings,
+) -> Float[np.ndarray, "setting part"]:
+    """Bring gates that are neither open nor closed to the end where the objective is lower, one after the other.
+
+    Two parts that can replace each other share the work at half-open gates, and pressure takes thousands of updates to choose
+    one: along the line on which they suffice it hardly has a slope. Here each undecided gate is tried open and closed, with
+    the pressure's nats on the scale, those nearest to where they are pushed first.
+
+    Cost: two forward passes over the batch per undecided gate; settings are folded.
+    """
+    logits, end = logits.copy(), settings.clamp
+    towards = -np.sign(lam.numpy())[:, None] * logits  # most negative: where it is pushed
+    order = np.argsort(towards, axis=1, kind="stable")
+    undecided = np.abs(sigmoid(logits) - 0.5) < UNDECIDED
+    middle = [[p for p in order[row] if undecided[row, p]] for row in range(len(logits))]
+    for turn in range(max(map(len, middle))):
+        rows = [row for row in range(len(logits)) if turn < len(middle[row])]
+        both = np.repeat(logits[rows], 2, axis=0)
+        for number, row in enumerate(rows):
+            both[2 * number : 2 * number + 2, middle[row][turn]] = -end, end
+        gates = full_gates(parts, torch.from_numpy(sigmoid(both)))
+        nll = parts.measure(batch, gates, fallback, METRICS["nll"]).mean(1).double().cpu()
+        cost = (nll + penalty(torch.from_numpy(both), lam[rows].double().repeat_interleave(2), settings)).numpy().reshape(-1, 2)
+        for number, row in enumerate(rows):
+            logits[row, middle[row][turn]] = end if cost[number, 1] < cost[number, 0] else -end
+    return logits
 
 
 def nll_slope(
@@ -288,9 +341,10 @@ def _plateau(gates: Float[np.ndarray, "step part"], losses: Float[np.ndarray, " 
 
 
 class _Adam:
-    """Adam with the usual constants, on some of the rows at a time; rows that have stopped do not come back."""
+    """Adam on some of the rows at a time; rows that have stopped do not come back."""
 
-    def __init__(self, logits: Float[Tensor, "setting part"]) -> None:
+    def __init__(self, logits: Float[Tensor, "setting part"], memory: float) -> None:
+        self.memory = memory
         self.mean, self.square, self.steps = torch.zeros_like(logits), torch.zeros_like(logits), 0
 
     def step(
@@ -303,8 +357,8 @@ class _Adam:
         """The logits after one step."""
         self.steps += 1
         self.mean[rows] = 0.9 * self.mean[rows] + 0.1 * slope
-        self.square[rows] = 0.999 * self.square[rows] + 0.001 * slope**2
-        root = (self.square[rows] / (1 - 0.999**self.steps)).sqrt()
+        self.square[rows] = self.memory * self.square[rows] + (1 - self.memory) * slope**2
+        root = (self.square[rows] / (1 - self.memory**self.steps)).sqrt()
         out = logits.clone()
         out[rows] -= rate / (1 - 0.9**self.steps) * self.mean[rows] / (root + 1e-8)
         return out

@@ -81,11 +81,16 @@ class Evidence:
 
     @property
     def exact_sign(self) -> Float[np.ndarray, " part"]:
-        """+1, -1 where the exact effect differs from zero (q < .05), else 0."""
+        """+1, -1 where the exact effect differs from zero (q < .05) and is above rounding (.01 of the pressure), else 0."""
         if self.exact.too_few:
             return np.zeros(len(self.exact))
-        clear = np.nan_to_num(self.exact.values(column="q"), nan=1.0) < Q
-        return np.sign(self.exact.values()) * clear
+        effect, differs = self.exact.values(), np.nan_to_num(self.exact.values(column="q"), nan=1.0) < Q
+        return np.sign(effect) * (differs & (np.abs(effect) > self.pressure / 100))
+
+    @property
+    def costly(self) -> Flags:
+        """Parts that matter when closed alone: the exact effect differs from zero and is at least the pressure."""
+        return (self.exact_sign != 0) & (np.abs(self.exact.values()) >= self.pressure)
 
     def stands(self, role: str) -> Flags:
         """The parts whose role most seeds' gates give, held-out prompts bear out and the exact effect's sign agrees with."""

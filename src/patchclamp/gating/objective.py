@@ -40,6 +40,9 @@ class GatingSettings:
         objective: whether lambda multiplies the mean or the sum of the clamped logits.
         clamp: c, the logit beyond which there is no pressure.
         clip: largest norm of one fit's gradient; None for none.
+        memory: Adam's second constant. The usual .999 remembers a steep slope for a thousand updates, more than a small budget
+            has: a gate that has once met a cliff would creep for the rest of it.
+        settle: bring gates that the pressed descents leave half open to the end that the objective prefers (`fit.settle`).
         hold: keep logits within [-c, c]. Without it, a gate that the free descent drives past c feels no pressure and stays
             open in G- whatever it does; with it, gates lie between .018 and .982.
         window: updates over which a plateau is judged; 0: never stop early.
@@ -58,11 +61,13 @@ class GatingSettings:
     seeds: int = 4
     batch: int = 32
     free: Stage = Stage(24, 1.0, 0.1)
-    pressed: Stage = Stage(30, 1.0, 0.1)
+    pressed: Stage = Stage(30, 0.7, 0.1)
     lam: float = 0.1
     objective: Reduction = "mean"
     clamp: float = 4.0
     clip: float | None = 1.0
+    memory: float = 0.99
+    settle: bool = True
     hold: bool = True
     window: int = 8
     still: float = 0.05
@@ -100,7 +105,9 @@ class GatingSettings:
 
 PRESETS: dict[str, GatingSettings] = {
     "default": GatingSettings(),
-    "code": GatingSettings("code", free=Stage(500, 1.0, 1.0), pressed=Stage(500, 1.0, 1.0), hold=False, window=0),
+    "code": GatingSettings(
+        "code", free=Stage(500, 1.0, 1.0), pressed=Stage(500, 1.0, 1.0), memory=0.999, settle=False, hold=False, window=0
+    ),
     "paper": GatingSettings(
         "paper",
         seeds=10,
@@ -109,6 +116,8 @@ PRESETS: dict[str, GatingSettings] = {
         pressed=Stage(500, 0.5, 0.1),
         objective="sum",
         clip=None,
+        memory=0.999,
+        settle=False,
         hold=False,
         window=0,
     ),

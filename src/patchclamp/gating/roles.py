@@ -104,7 +104,7 @@ def roles(
     1. most seeds' gates say so;
     2. on held-out prompts (`select`), toggling the part in the fitted circuits moves the answer's log-probability the right
        way (mean over seeds, q < .05) by at least the pressure;
-    3. that is more than 97.5 % of the parts of each null show that is fitted beside it (answers permuted; weights re-initialised),
+    3. that is more than 97.5 % of the parts of each null show that is fitted beside it (answers permuted, weights drawn anew),
        where a null's part counts only if 1, 2 and 4 hold of it there;
     4. closing the part alone in the whole model, under the same metric and fallback, has an effect of the same sign (q < .05).
 

@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float
 
 from patchclamp.gating.fit import Gated
 from patchclamp.gating.judge import Called, Evidence, Side, most
-from patchclamp.gating.substitutes import costly
 
 ROLES = ("facilitating", "interfering", "irrelevant", "astray")
 
@@ -142,7 +141,7 @@ def _decide(
             why.append(f"closing it alone changes the log-probability by {-exact:+.3f} nats{doubt}")
         return (name, changes[2:]) if not why else ("undecided", f"gates say {name}, but: {'; '.join(why)}{changes}")
     if name == "irrelevant":
-        if costly(evidence)[p]:
+        if evidence.costly[p]:
             return (
                 "undecided",
                 f"gates let it go, but closing it alone changes the log-probability by {-exact:+.3f} nats{changes}",
