@@ -56,7 +56,7 @@ def test_bos_once_or_never_where_asked(template: str, bos: bool, count: int) -> 
     [(CHATML, "<|im_end|>\n<|im_start|>assistant\n"), (LLAMA3, "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")],
 )
 def test_spans_name_who_speaks(template: str, tail: str) -> None:
-    """system, user and template cover their text, the prompt's spans lie in the user's message, answer is where it is predicted."""
+    """system, user and template cover their text, the prompt's spans lie in the user's message."""
     made = tokenizer(template)
     task = load_task([ROW], chat=True, system="You are a helpful bot.")
     (one,) = task.examples(made)

@@ -189,7 +189,8 @@ class Row:
 
 def task(*, word: str = "three", times: int = 1) -> Task:
     rows = [Row(word)] * times
-    return Task("own", "my own", lambda _rng, _tokenizer: (Pair("one two", f" {row.word}") for row in rows), metric="nll", size=times)
+    pairs = [Pair("one two", f" {row.word}") for row in rows]
+    return Task("own", "my own", lambda _rng, _tokenizer: iter(pairs), metric="nll", size=times)
 
 def other() -> Task:
     return task(word="five")

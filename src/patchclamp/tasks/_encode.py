@@ -133,8 +133,9 @@ def _check_alignment(tokenizer: Tokenizer, pair: Pair, clean: Tokens, corrupt: T
 
 
 def _check_tokens(encoder: Encoder, pair: Pair, parts: Sequence[Tokens], longest: int) -> None:
-    if longest > _limit(encoder.tokenizer):
-        raise Misfit(f"longer than the {_limit(encoder.tokenizer)} tokens that the tokenizer's model takes")
+    limit = _limit(encoder.tokenizer)
+    if longest > limit:
+        raise Misfit(f"longer than the {limit} tokens that the tokenizer's model takes")
     unknown = id_named(encoder.tokenizer, "unk_token_id")
     if unknown is None or not any(unknown in part for part in parts):
         return

@@ -102,7 +102,7 @@ def as_prompt(value: object, name: str) -> Prompt:
         return value
     if isinstance(value, Sequence) and value:
         items = list(cast(Sequence[object], value))
-        if _are_tokens(items):
+        if all(type(item) is int for item in items):
             return cast(Tokens, tuple(items))
         if all(isinstance(item, Message | Mapping) for item in items):
             return tuple(_as_message(item, name) for item in items)
@@ -114,18 +114,21 @@ def as_answers(value: object, name: str) -> Answers:
     if value is None:
         return ()
     if isinstance(value, str):
+        if value:
+            return (value,)
         value = (value,)
-    if _are_tokens([value]):
-        value = ((value,),)
+    if type(value) is int:
+        return ((value,),)
     if not isinstance(value, Iterable):
         raise TaskError(f"{name!r} must be text, token ids or a list of alternatives, not {_shown(value)}")
     items = list(cast(Iterable[object], value))
-    if items and _are_tokens(items):
+    if items and all(type(item) is int for item in items):
         return (cast(Tokens, tuple(items)),)
     rows = [tuple(cast(Sequence[object], item)) if isinstance(item, list | tuple) else item for item in items]
-    bad = [row for row in rows if not row or not (isinstance(row, str) or (isinstance(row, tuple) and _are_tokens(row)))]
-    if bad:
-        raise TaskError(f"{name!r} holds {_shown(bad[0])}: an alternative is text or token ids, and not empty")
+    for row in rows:
+        ids = isinstance(row, tuple) and all(type(token) is int for token in row)
+        if not row or not (ids or isinstance(row, str)):
+            raise TaskError(f"{name!r} holds {_shown(row)}: an alternative is text or token ids, and not empty")
     return cast(Answers, tuple(rows))
 
 
@@ -133,7 +136,7 @@ def as_range(value: object, name: str) -> Range:
     """A half-open range, checked."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         ends = list(cast(Sequence[Any], value))
-        if len(ends) == 2 and _are_tokens(ends) and 0 <= ends[0] < ends[1]:
+        if len(ends) == 2 and all(type(end) is int for end in ends) and 0 <= ends[0] < ends[1]:
             return int(ends[0]), int(ends[1])
     raise TaskError(f"{name} must be [start, end] with 0 <= start < end, not {_shown(value)}")
 
@@ -146,10 +149,6 @@ def _as_message(value: object, name: str) -> Message:
     if not isinstance(role, str) or not isinstance(content, str):
         raise TaskError(f"{name!r} holds the message {_shown(value)}: a message has 'role' and 'content', both text")
     return Message(role, content)
-
-
-def _are_tokens(values: Iterable[object]) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def _shown(value: object) -> str:
