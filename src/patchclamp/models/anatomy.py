@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from patchclamp.errors import FamilyError, SiteError
@@ -101,6 +102,13 @@ def _out_of_range(site: Site, sizes: Sizes) -> str | None:
         return f"{site.kind} has no parts to number"
     assert site.index is not None
     return None if count is not None and site.index < count else f"layer {site.layer} has {noun} 0 to {(count or 0) - 1}"
+
+
+def input_device(hf: nn.Module) -> torch.device:
+    """Where token ids go: to the embedding, or where accelerate brings its weights when it is called."""
+    embedding: Any = hf.get_input_embeddings()  # type: ignore[operator]
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return torch.device(embedding.weight.device if device is None else device)
 
 
 def find(root: nn.Module, path: str) -> Any:

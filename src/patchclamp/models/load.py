@@ -63,8 +63,11 @@ def resolve(name: str) -> str:
 def _model(
     where: str, name: str, dtype: Any, device: Any, device_map: Any, revision: str | None, trust: bool, quantization: Any
 ) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelError(f"there is no dtype {dtype!r}: give float32, bfloat16, float16 or float64")
     asked = {"revision": revision, "device_map": device_map, "quantization_config": quantization}
     options: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     options |= {"trust_remote_code": trust, "dtype": dtype or "auto"}
@@ -72,10 +75,13 @@ def _model(
         _only_safetensors(Path(where), name)
     try:
         with _no_bar():
-            model: Any = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the model {name!r} could not be loaded: {reason}") from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the model {name!r} could not be loaded: {_reason(error)}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        raise ModelError(f"the checkpoint of {name!r} lacks {len(missing)} weights ({shown}), which would be random")
     model.eval()
     if getattr(model, "hf_quantizer", None) is not None:
         if device is not None:
@@ -125,5 +131,12 @@ def _tokenizer(given: Any, where: str | None, name: str, revision: str | None, t
     try:
         return AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the tokenizer of {name!r} could not be loaded: {reason}; give one with tokenizer=") from error
+        raise ModelError(f"the tokenizer of {name!r} could not be loaded: {_reason(error)}; give one with tokenizer=") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence or so of what a library says."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return "it needs code of its own to be run; read that code, and if you trust it, give trust_remote_code=True"
+    return text.splitlines()[0].rstrip(".: ") if text else type(error).__name__

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchclamp.errors import ModelError, NumericsError
-from patchclamp.models.anatomy import Anatomy
+from patchclamp.models.anatomy import Anatomy, input_device
 from patchclamp.models.editing import Edits, Pass, visitors
 from patchclamp.models.sampling import Generation
 from patchclamp.models.scope import still
@@ -100,7 +100,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return cast(torch.device, self.anatomy.hf.get_input_embeddings().weight.device)  # type: ignore[operator,union-attr]
+        return input_device(self.anatomy.hf)
 
     @property
     def dtype(self) -> torch.dtype:

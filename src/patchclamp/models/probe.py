@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from patchclamp.errors import FamilyError
-from patchclamp.models.anatomy import Anatomy, Sizes, dissect
+from patchclamp.models.anatomy import Anatomy, Sizes, dissect, input_device
 from patchclamp.models.invariants import RULES, rounding
 from patchclamp.models.recording import Recorder
 from patchclamp.models.scope import still
@@ -38,13 +38,12 @@ def probed(hf: Any) -> Anatomy:
 
 def probe_tokens(anatomy: Anatomy) -> Int[Tensor, "row position"]:
     """Five different ordinary tokens, and the same from behind: two rows, so that rows cannot pass for positions."""
-    embedding: Any = anatomy.hf.get_input_embeddings()  # type: ignore[operator]
     config: Any = anatomy.hf.config
     special = {getattr(config, name, None) for name in ("pad_token_id", "image_token_id", "boi_token_id", "eoi_token_id")}
     count = int(anatomy.config.vocab_size)
     ordinary = (token for i in range(count) if (token := (7919 * i + 3) % count) not in special)
     row = list(islice(cycle(islice(ordinary, LENGTH)), LENGTH))
-    return torch.tensor([row, row[::-1]], device=embedding.weight.device)
+    return torch.tensor([row, row[::-1]], device=input_device(anatomy.hf))
 
 
 def places(anatomy: Anatomy) -> list[Site]:
