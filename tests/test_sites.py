@@ -154,3 +154,39 @@ def test_edges_that_do_not_parse() -> None:
             Edge.parse(text)
     with pytest.raises(SiteError, match=r"L1\.mlp comes after L0\.h0\.q"):
         Edge.parse("L1.mlp>L0.h0.q")
+
+
+# --- what derives from the table of kinds
+
+
+def test_the_docs_are_made_from_the_table() -> None:
+    from pathlib import Path
+
+    from patchclamp.models.describe import page
+
+    there = Path(__file__).parent.parent / "docs" / "sites.md"
+    assert there.read_text() == page(), "run: .venv/bin/python -m patchclamp.models.describe > docs/sites.md"
+    assert all(f"| {row.obtained} |" in page() for row in KINDS.values())
+
+
+def test_a_models_sites_are_described() -> None:
+    from cases import tiny
+    from patchclamp.models.model import Model
+
+    model = Model.load(tiny("qwen3_moe"))
+    rows = {row["site"]: row for row in model.describe_sites()}
+    assert len(rows) == len(KINDS)
+    assert rows["L*.h*.q"]["axes"] == "batch, position, head 4, head_width 8" and rows["L*.h*.q"]["layers"] == "0-1"
+    assert rows["L*.kv*.k"]["axes"] == "batch, position, kv_head 2, head_width 8"
+    assert rows["L*.mlp.n"]["layers"] == "0" and "neuron 64" in str(rows["L*.mlp.n"]["axes"])
+    assert rows["L*.mlp.n"]["absent"] == KINDS["neuron"].absent
+    assert rows["L*.router"]["layers"] == "1" and rows["L*.router"]["absent"] == "the layer is not a mixture of experts"
+    assert rows["logits"]["axes"] == "batch, position, token 97" and rows["embed"]["axes"] == "batch, position, width 32"
+    assert rows["L*.h*.write"]["writable"] is False
+    parallel = {row["site"]: row for row in Model.load(tiny("phi")).describe_sites()}
+    assert parallel["L*.resid.mid"] | {"writable": True} == {
+        "site": "L*.resid.mid", "layers": "", "axes": "", "writable": True, "obtained": "", "absent": "parallel blocks have no middle",
+    }  # fmt: skip
+    for pattern in rows:
+        if rows[pattern]["layers"] != "0":
+            assert model.find(str(pattern).replace("L*", "L1"))

@@ -18,9 +18,8 @@ def load(
 ) -> tuple[Any, Any, str]:  # fmt: skip
     """The transformers model, its tokenizer and its name."""
     if not isinstance(source, str | os.PathLike):
-        from patchclamp.models.model import require_text_model
-
-        require_text_model(source)
+        if not hasattr(source, "config") or not hasattr(source, "get_input_embeddings"):
+            raise ModelError(f"{type(source).__name__} is neither a transformers model nor a name or folder of one")
         for option, given in {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision}.items():
             if given is not None:
                 raise ModelError(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchclamp.errors import ModelError, NumericsError
+from patchclamp.errors import NumericsError
 from patchclamp.models.anatomy import Anatomy, input_device
 from patchclamp.models.editing import Edits, Pass, visitors
 from patchclamp.models.sampling import Generation
@@ -131,6 +131,12 @@ class Model:
                 count = sizes.heads if kind == "head" or kind in PER_HEAD else sizes.kv_heads if kind in PER_KV else 0
                 found += [Site(kind, layer, index) for index in range(count)]
         return tuple(sorted(found))
+
+    def describe_sites(self) -> list[dict[str, str | bool]]:
+        """What `patchclamp sites` prints: each kind of site with its axes and sizes, or why the model lacks it."""
+        from patchclamp.models.describe import describe
+
+        return describe(self.anatomy)
 
     def encode(self, text: str | Sequence[str], bos: bool | None = None) -> Batch:
         """Plain text as a batch without targets (left-padded), special tokens as the tokenizer does."""
@@ -293,9 +299,3 @@ class Model:
         """The local folder that the weights came from, if there is one."""
         path = Path(str(getattr(self.hf, "name_or_path", "") or ""))
         return path if path.is_dir() else None
-
-
-def require_text_model(hf: Any) -> None:
-    """Raise `ModelError` for objects that are no transformers model."""
-    if not hasattr(hf, "config") or not hasattr(hf, "get_input_embeddings"):
-        raise ModelError(f"{type(hf).__name__} is neither a transformers model nor a name or folder of one")
