@@ -29,7 +29,7 @@ Corrupt = Literal["position", "symbols"]
 TEMPLATES = (
     "The {object1} is {color}. What color is the {object2}?\n{options}\nAnswer:",
     "A {object1} is {color}. What color is the {object2}?\n{options}\nAnswer:",
-    "Question: The {object1} on the table is {color}. What is the color of the {object2}?\n{options}\nAnswer:",
+    "Question: The {object1} in the picture is {color}. What is the color of the {object2}?\n{options}\nAnswer:",
     "I bought a {color} {object1}. Which color does the {object2} have?\n{options}\nAnswer:",
 )
 
