@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from test_parts import examples
 
 from patchclamp.circuit import Circuit
 from patchclamp.discover import discover, faithfulness_curve
@@ -16,6 +15,7 @@ from patchclamp.parts import Nodes, benefits, nodes
 from patchclamp.trust import resampled_circuits, trust
 from patchclamp.zoo import wired
 from patchclamp.zoo._wired import Wired
+from test_parts import examples
 
 DIFF = METRICS["logit_diff"]
 
@@ -66,7 +66,7 @@ def test_random_circuits_have_the_same_size_and_shape(induction: tuple[Wired, No
     measure = parts.measure
 
     class Watched(Nodes):
-        def measure(self, batch, gates, fallback, metric=None):  # noqa: ANN001, ANN202
+        def measure(self, batch, gates, fallback, metric=None):
             seen.append(gates)
             return measure(batch, gates, fallback, metric)
 

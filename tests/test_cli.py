@@ -52,7 +52,10 @@ def saved(truth: Wired, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "pairs.jsonl").open("w") as out:
         for example in truth.task.examples(truth.tokenizer, 96, seed=2):
             pair: Pair = example.pair
-            out.write(json.dumps({"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer[0], "wrong": pair.wrong[0]}) + "\n")
+            out.write(
+                json.dumps({"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer[0], "wrong": pair.wrong[0]})
+                + "\n"
+            )
     return folder
 
 

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from cases import tiny
-from test_parts import examples
 
+from cases import tiny
 from patchclamp.edits import Zero
 from patchclamp.errors import MetricError
 from patchclamp.methods import attribute, counted, effects, groups_of, method_names
@@ -16,6 +15,7 @@ from patchclamp.parts import Nodes, benefits, nodes
 from patchclamp.sites import Site
 from patchclamp.zoo import wired, wired_names
 from patchclamp.zoo._wired import FAMILIES, Wired
+from test_parts import examples
 
 DIFF = METRICS["logit_diff"]
 CASES = [(name, family) for family in FAMILIES for name in wired_names()]
@@ -61,7 +61,9 @@ def test_every_method_finds_the_planted_parts(case: tuple[Wired, Nodes]):
 def test_integrated_is_complete(gpt2: Nodes):
     batch, fallback = examples(4, lengths=(7, 5)).batch(), gpt2.fallback("resample")
     ends = gpt2.measure(batch, torch.cat([gpt2.open(), gpt2.closed()]), fallback)
-    gaps = [float((integrated(gpt2, batch, fallback, DIFF, 0, steps=m).sum(0) - (ends[0] - ends[1])).abs().max()) for m in (8, 64)]
+    gaps = [
+        float((integrated(gpt2, batch, fallback, DIFF, 0, steps=m).sum(0) - (ends[0] - ends[1])).abs().max()) for m in (8, 64)
+    ]
     assert gaps[1] < 1e-3 and gaps[1] < gaps[0] / 30  # the midpoint rule's error falls with the square of the step
 
 

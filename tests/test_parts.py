@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import CONFIGS, tiny
 
+from cases import CONFIGS, tiny
 from patchclamp.edits import Put
 from patchclamp.errors import GateError, MetricError
 from patchclamp.metrics import METRICS, metric_named

@@ -129,7 +129,7 @@ def test_a_model_that_cannot_do_it_is_not_mapped(truth: Wired):
 
 
 def test_one_answer_is_said(truth: Wired, model: Model):
-    def one_sided(rng, tokenizer):  # noqa: ANN001, ANN202
+    def one_sided(rng, tokenizer):
         pairs = truth.task.candidates(rng, tokenizer)
         first = next(iter(truth.task.examples(tokenizer, 1))).pair.answer
         return (pair for pair in pairs if pair.answer == first)

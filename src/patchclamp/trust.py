@@ -105,11 +105,12 @@ def trust(
     lost = {str(site): ratio.difference(kept, next(rows)) for site in members}
     draws = [(k, ratio.point(next(rows))) for k, _ in drawn]
     same = np.array([share for k, share in draws if k == len(members)])
+    below, above = (float(end) for end in np.percentile(same, [2.5, 97.5]))
     faithful = ratio(kept)
     return Trusted(
         faithfulness=faithful,
         rest=ratio(rest),
-        random=Interval(float(same.mean()), *map(float, np.percentile(same, [2.5, 97.5])), len(same)),
+        random=Interval(float(same.mean()), below, above, len(same)),
         beats=float((same < faithful.mean).mean()),
         minimality=lost,
         curve=pl.DataFrame(

@@ -1,7 +1,7 @@
 """What commands share: options, loading, progress, printing."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +32,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="A task's option, key=value. May be repeated.")]
 Columns = Annotated[str | None, typer.Option(help="Columns of a table as our fields: clean=good,corrupt=bad,answer=label.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Wrap prompts in the tokenizer's chat template.")]
-Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="With or without a first BOS token; by default as the tokenizer does.")]
+Bos = Annotated[
+    bool | None, typer.Option("--bos/--no-bos", help="With or without a first BOS token; by default as the tokenizer does.")
+]
 
 
 def load_model(
@@ -48,7 +50,13 @@ def load_model(
         logging.getLogger(library).setLevel(logging.ERROR)
     with err.status(f"loading {model}"):
         return Model.load(
-            model, dtype=dtype, device=device, device_map=device_map, revision=revision, tokenizer=tokenizer, trust_remote_code=trust
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            tokenizer=tokenizer,
+            trust_remote_code=trust,
         )
 
 
@@ -109,9 +117,15 @@ class Bars:
 
 
 @contextmanager
-def bars() -> Iterator[Bars]:
+def bars() -> Generator[Bars]:
     """Progress on standard error, gone when it is done."""
-    columns = (TextColumn("  {task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as progress:
         yield Bars(progress)
 

@@ -11,8 +11,12 @@ from patchclamp.cli.common import Device, DeviceMap, Dtype, Json, ModelArgument,
 from patchclamp.errors import PatchclampError
 
 Prompts = Annotated[list[str], typer.Argument(help="Prompts, or one JSONL file of rows with 'clean'.", show_default=False)]
-Sites = Annotated[list[str], typer.Option("--site", "-s", help="Sites or patterns: L3.resid.post, L*.h*.pattern. May be repeated.")]
-Edit = Annotated[list[str] | None, typer.Option("--edit", "-e", help="SITE=zero, SITE=scale:0.5, SITE=clamp:-1,1. May be repeated.")]
+Sites = Annotated[
+    list[str], typer.Option("--site", "-s", help="Sites or patterns: L3.resid.post, L*.h*.pattern. May be repeated.")
+]
+Edit = Annotated[
+    list[str] | None, typer.Option("--edit", "-e", help="SITE=zero, SITE=scale:0.5, SITE=clamp:-1,1. May be repeated.")
+]
 
 
 def add(app: typer.Typer) -> None:
@@ -72,7 +76,10 @@ def record(
     values = loaded.record(batch, site, _edits(edit))
     body = {str(place): value.contiguous() for place, value in values.items()}
     save_tensors(out, {**body, "tokens": batch.tokens, "mask": batch.mask}, {"model": model})
-    rows = [{"site": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for name, value in body.items()]
+    rows = [
+        {"site": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for name, value in body.items()
+    ]
     if as_json:
         common.print_json({"file": str(out), "sites": rows})
     else:
@@ -124,7 +131,9 @@ def _edits(given: list[str] | None) -> dict[Any, Any]:
             numbers = [float(number) for number in rest.split(",")] if rest else []
             edit = {"zero": Zero, "scale": Scale, "clamp": Clamp}[name](*numbers)
         except (KeyError, ValueError, TypeError):
-            raise PatchclampError(f"--edit {text!r} is not understood: write SITE=zero, SITE=scale:0.5 or SITE=clamp:-1,1") from None
+            raise PatchclampError(
+                f"--edit {text!r} is not understood: write SITE=zero, SITE=scale:0.5 or SITE=clamp:-1,1"
+            ) from None
         if not equals:
             raise PatchclampError(f"--edit {text!r} names no edit: write SITE=zero, SITE=scale:0.5 or SITE=clamp:-1,1")
         made.setdefault(Site.parse(where), []).append(edit)

@@ -74,7 +74,9 @@ def tasks(
 
         preview = found.preview(load_tokenizer(model))
     if as_json:
-        common.print_json({"task": found.name, "about": found.about, "metric": found.metric, "hash": found.hash, "preview": preview})
+        common.print_json(
+            {"task": found.name, "about": found.about, "metric": found.metric, "hash": found.hash, "preview": preview}
+        )
         return
     common.out.print(Text.assemble((found.name, "bold"), f": {found.about} (metric {found.metric})"))
     if preview is not None:
@@ -129,7 +131,14 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where runs lie.")] = Path(
         raise PatchclampError(f"there is no folder {folder}: runs are written by `patchclamp map` and its like")
     found = list_runs(folder)
     rows = [
-        {"run": str(info.folder), "model": info.model, "task": info.task, "date": info.date, "status": info.status, "headline": info.headline}
+        {
+            "run": str(info.folder),
+            "model": info.model,
+            "task": info.task,
+            "date": info.date,
+            "status": info.status,
+            "headline": info.headline,
+        }
         for info in found
     ]
     if as_json:

@@ -11,13 +11,20 @@ from patchclamp.cli import common
 from patchclamp.cli.common import Bos, Chat, Columns, Device, DeviceMap, Dtype, Json, Options, Revision, Tokenizer, Trust
 from patchclamp.errors import PatchclampError
 
-Subject = Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A hub name, a folder, zoo/NAME; or the folder of a run.", show_default=False)]
-TaskArgument = Annotated[str | None, typer.Argument(metavar="[TASK]", help="A built-in task, or a JSONL, CSV, Parquet, text or Python file.", show_default=False)]
+Subject = Annotated[
+    str, typer.Argument(metavar="MODEL|RUN", help="A hub name, a folder, zoo/NAME; or the folder of a run.", show_default=False)
+]
+TaskArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[TASK]", help="A built-in task, or a JSONL, CSV, Parquet, text or Python file.", show_default=False),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder; by default runs/ and the question's digest.")]
 N = Annotated[int | None, typer.Option("--n", help="Prompts in all (fit : select : confirm = 2 : 1 : 1).")]
 Seed = Annotated[int | None, typer.Option(help="Of the draw, the split, the fits and the intervals. [default: 0]")]
 Metric = Annotated[str | None, typer.Option(help="logit_diff, log_probability, nll, ...; by default the task's.")]
-Fallback = Annotated[str | None, typer.Option(help="What a closed gate passes: resample, mean, zero. [default: resample with pairs, else mean]")]
+Fallback = Annotated[
+    str | None, typer.Option(help="What a closed gate passes: resample, mean, zero. [default: resample with pairs, else mean]")
+]
 Second = Annotated[str | None, typer.Option(help="The fallback that effects are repeated under.")]
 Direction = Annotated[str | None, typer.Option(help="noising or denoising. [default: noising]")]
 Method = Annotated[str | None, typer.Option(help="exact, gradient, integrated, random. [default: integrated]")]
@@ -40,15 +47,17 @@ def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Pat
             raise PatchclampError(f"--{name} {given[name]!r} was asked for: choose from {', '.join(allowed)}")
     folder = common.run_folder(subject)
     if task is None and folder is None:
-        raise PatchclampError(f"{subject!r} is not the folder of a run, and no TASK was given: say MODEL TASK (see `patchclamp tasks`)")
+        raise PatchclampError(
+            f"{subject!r} is not the folder of a run, and no TASK was given: say MODEL TASK (see `patchclamp tasks`)"
+        )
     from patchclamp.report import write_report
     from patchclamp.study import STEPS, Plan, map, open_run
 
     plan = Plan(**{name: value for name, value in given.items() if value is not None})
     if task is None:
         assert folder is not None
-        subject, task, plan, loading, asked, out = _from_run(folder, plan, given, loading, asked, out)
-    found = common.find_task(task, asked.get("options"), asked.get("columns"), asked.get("chat", False), asked.get("bos"))
+        subject, task, plan, loading, asked, out = _from_run(folder, given, loading, asked, out)
+    found = common.find_task(str(task), asked.get("options"), asked.get("columns"), asked.get("chat", False), asked.get("bos"))
     model = common.load_model(subject, **loading)
     source = {"model": subject, "task": task, "loading": loading, "asked": asked}
     with common.bars() as bars, open_run(out, model, found, plan, watch=bars.step, source=source) as run:
@@ -64,7 +73,7 @@ def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Pat
         show(study, report, steps or STEPS)
 
 
-def _from_run(folder: Path, plan: Any, given: dict[str, Any], loading: dict[str, Any], asked: dict[str, Any], out: Path | None) -> Any:
+def _from_run(folder: Path, given: dict[str, Any], loading: dict[str, Any], asked: dict[str, Any], out: Path | None) -> Any:
     from patchclamp.store import load_plan
     from patchclamp.study import Plan
 

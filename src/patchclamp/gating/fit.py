@@ -271,13 +271,12 @@ def settle(
 
     Two parts that can replace each other share the work at half-open gates, and pressure takes thousands of updates to choose
     one: along the line on which they suffice it hardly has a slope. Here each undecided gate is tried open and closed, with
-    the pressure's nats on the scale, those nearest to where they are pushed first.
+    the pressure's nats on the scale. Those that resist their push most come first, so that the rest is judged beside them.
 
     Cost: two forward passes over the batch per undecided gate; settings are folded.
     """
     logits, end = logits.copy(), settings.clamp
-    towards = -np.sign(lam.numpy())[:, None] * logits  # most negative: where it is pushed
-    order = np.argsort(towards, axis=1, kind="stable")
+    order = np.argsort(np.sign(lam.numpy())[:, None] * logits, axis=1, kind="stable")
     undecided = np.abs(sigmoid(logits) - 0.5) < UNDECIDED
     middle = [[p for p in order[row] if undecided[row, p]] for row in range(len(logits))]
     for turn in range(max(map(len, middle))):

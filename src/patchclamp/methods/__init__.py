@@ -60,7 +60,9 @@ def effects(
             progress(done, len(examples))
     table = torch.cat(pieces, 1) * (-1.0 if direction == "denoising" else 1.0)
     if not bool(torch.isfinite(table).all()):
-        raise NumericsError(f"the method {method} gave values that are not finite: try float32, or another fallback than {fallback.kind}")
+        raise NumericsError(
+            f"the method {method} gave values that are not finite: try float32, or another fallback than {fallback.kind}"
+        )
     return table
 
 
@@ -101,7 +103,9 @@ def attribute(
     name = metric.name if isinstance(metric, Metric) else metric or examples.metric
     facts = {"method": method, "metric": name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
              "direction": direction, "model": parts.model.name, "task": examples.task}  # fmt: skip
-    return Scores.from_samples(counted(parts), table.double().numpy(), {**facts, **(about or {})}, groups=groups_of(examples), seed=seed)
+    return Scores.from_samples(
+        counted(parts), table.double().numpy(), {**facts, **(about or {})}, groups=groups_of(examples), seed=seed
+    )
 
 
 def counted(parts: Parts) -> list[Site]:

@@ -58,7 +58,9 @@ class Parts(Protocol):
         """The rule that says what a closed gate passes."""
         ...
 
-    def measure(self, batch: Batch, gates: Gates, fallback: Fallback, metric: Metric | None = None) -> Float[Tensor, "setting example"]:
+    def measure(
+        self, batch: Batch, gates: Gates, fallback: Fallback, metric: Metric | None = None
+    ) -> Float[Tensor, "setting example"]:
         """The metric for each setting and example, without gradient."""
         ...
 

@@ -24,9 +24,15 @@ Record = Callable[[Batch], Values]
 class Fallback(Protocol):
     """A rule, not a tensor: `at(batch)` gives the values for that batch's rows."""
 
-    kind: str
-    off_distribution: bool
-    """Whether values are put in that the model never computes itself."""
+    @property
+    def kind(self) -> str:
+        """The rule's name."""
+        ...
+
+    @property
+    def off_distribution(self) -> bool:
+        """Whether values are put in that the model never computes itself."""
+        ...
 
     def at(self, batch: Batch | None) -> Values:
         """Values for the rows of a batch; for None (generation) only rules that need no batch have any."""
@@ -55,7 +61,7 @@ class Resample:
     record: Record
     kind: str = "resample"
     off_distribution: bool = False
-    kept: "WeakKeyDictionary[Batch, Values]" = field(default_factory=lambda: WeakKeyDictionary())
+    kept: "WeakKeyDictionary[Batch, Values]" = field(default_factory=WeakKeyDictionary["Batch", "Values"])
 
     def at(self, batch: Batch | None) -> Values:
         """The corrupt run's values; raises `GateError` where there are no corrupt prompts."""
@@ -115,14 +121,17 @@ def learn_mean(record: Record, fit: Examples, size: int = 64, by: str | None = N
     for whole in fit.batches(size):
         for batch in (whole,) if whole.corrupt is None else (whole, whole.swapped()):
             values = record(batch)
-            for key, where in _cells(batch, by).items():
-                where = where & (batch.sign > 0).to(where.device)[:, None]
+            right = (batch.sign > 0)[:, None]  # rows that wrong answers need repeat their prompt
+            for key, cells in _cells(batch, by).items():
+                where = cells & right
                 counts[key] = counts.get(key, 0.0) + float(where.sum())
                 for place, value in values.items():
                     total = value[where].double().sum(0)
                     kept = sums.setdefault(key, {})
                     kept[place] = kept[place] + total if place in kept else total
-    means = {key: {place: (total / max(counts[key], 1.0))[None, None] for place, total in kept.items()} for key, kept in sums.items()}
+    means = {
+        key: {place: (total / max(counts[key], 1.0))[None, None] for place, total in kept.items()} for key, kept in sums.items()
+    }
     total = means.pop("*all*")
     return Mean(by, total, means)
 
@@ -140,7 +149,9 @@ def _cells(batch: Batch, by: str) -> dict[int | str, Tensor]:
     return cells
 
 
-def expand_to_rows(gates: Float[Tensor, "setting #example #position part"], batch: Batch) -> Float[Tensor, "setting row #position part"]:
+def expand_to_rows(
+    gates: Float[Tensor, "setting #example #position part"], batch: Batch
+) -> Float[Tensor, "setting row #position part"]:
     """Gates per example as gates per row (an example may have several)."""
     if gates.shape[1] == 1:
         return gates.expand(-1, len(batch.tokens), -1, -1)

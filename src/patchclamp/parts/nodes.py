@@ -4,7 +4,7 @@ A head's gate sits on z (the input of the output projection), an MLP's on what i
 embedding's on the input of the first block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
@@ -28,7 +28,9 @@ MEMORY = 1 << 30
 """Bytes that the activations of one folded pass may take."""
 
 
-def nodes(model: Model, positions: Sequence[int | str] = (), heads: bool = True, mlps: bool = True, memory: int = MEMORY) -> "Nodes":
+def nodes(
+    model: Model, positions: Sequence[int | str] = (), heads: bool = True, mlps: bool = True, memory: int = MEMORY
+) -> "Nodes":
     """Heads and MLPs of a model as parts.
 
     Args:
@@ -44,25 +46,20 @@ def nodes(model: Model, positions: Sequence[int | str] = (), heads: bool = True,
 class Nodes:
     """`Parts` for heads and MLPs; make with `nodes`."""
 
-    def __init__(self, model: Model, positions: tuple[int | str, ...] = (), heads: bool = True, mlps: bool = True, memory: int = MEMORY):
+    def __init__(
+        self, model: Model, positions: tuple[int | str, ...] = (), heads: bool = True, mlps: bool = True, memory: int = MEMORY
+    ):
         self.model, self.positions, self.memory = model, positions, memory
         plain = [Site("embed")]
         for layer, sizes in enumerate(model.anatomy.sizes):
             plain += [Site("head", layer, head) for head in range(sizes.heads)] if heads else []
             plain += [Site("mlp", layer)] if mlps else []
         self.plain = tuple(plain)
-
-    @cached_property
-    def labels(self) -> tuple[Site, ...]:
+        each = [site.at(position) for site in plain[1:] for position in positions] if positions else plain[1:]
+        self.labels: tuple[Site, ...] = (plain[0], *each)
         """The embedding, then heads and MLP of each layer (each at every position asked for)."""
-        if not self.positions:
-            return self.plain
-        return (Site("embed"), *(site.at(position) for site in self.plain[1:] for position in self.positions))
-
-    @cached_property
-    def counted(self) -> tuple[int, ...]:
+        self.counted: tuple[int, ...] = tuple(range(1, len(self.labels)))
         """All but the embedding."""
-        return tuple(range(1, len(self.labels)))
 
     @cached_property
     def index(self) -> dict[Site, int]:
@@ -139,19 +136,25 @@ class Nodes:
             return learn_mean(self.record, fit, by=kind.partition(":")[2] or None)
         raise GateError(f"there is no fallback {kind!r}: choose from {', '.join(FALLBACKS)} (mean:position, mean:span, mean:all)")
 
-    def edits(self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None = None) -> Edits:
+    def edits(
+        self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None = None
+    ) -> Edits:
         """Gates as one `Mix` per place; places whose gates are all 1 get none (unless the gates want gradients).
 
         Raises:
             GateError: shapes that do not fit, or a fallback that has no value without a batch.
         """
         if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
-            raise GateError(f"gates are [setting, example, position, part] with {len(self.labels)} parts, not {tuple(gates.shape)}")
+            raise GateError(
+                f"gates are [setting, example, position, part] with {len(self.labels)} parts, not {tuple(gates.shape)}"
+            )
         if batch is None and (gates.shape[1] > 1 or self.positions):
             raise GateError("gates per example or position need the batch")
         rows = gates if batch is None else expand_to_rows(gates, batch)
         wanted = {place: self._columns_of(place) for place in self.places}
-        moved = {place: columns for place, columns in wanted.items() if gates.requires_grad or bool((gates[..., columns] != 1).any())}
+        moved = {
+            place: columns for place, columns in wanted.items() if gates.requires_grad or bool((gates[..., columns] != 1).any())
+        }
         if not moved:
             return {}
         values = fallback.at(batch)
@@ -169,7 +172,9 @@ class Nodes:
         gate = gates.flatten(0, 1)
         return Mix(gate[..., None] if place.kind == "z" else gate, value)
 
-    def _spread(self, gates: Float[Tensor, "setting row #position gate"], batch: Batch | None) -> Float[Tensor, "setting row position unit"]:
+    def _spread(
+        self, gates: Float[Tensor, "setting row #position gate"], batch: Batch | None
+    ) -> Float[Tensor, "setting row position unit"]:
         """Gates of parts at positions as gates at every column: 1 where no part stands."""
         assert batch is not None  # edits() has checked
         split = gates.unflatten(-1, (-1, len(self.positions)))
@@ -180,7 +185,11 @@ class Nodes:
         return spread
 
     def measure(
-        self, batch: Batch, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, metric: Metric | None = None
+        self,
+        batch: Batch,
+        gates: Float[Tensor, "setting #example #position part"],
+        fallback: Fallback,
+        metric: Metric | None = None,
     ) -> Float[Tensor, "setting example"]:
         """The metric for each setting and example, in float32 or wider, without gradient.
 
@@ -197,7 +206,11 @@ class Nodes:
         return torch.cat(out)
 
     def gradient(
-        self, batch: Batch, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, metric: Metric | None = None
+        self,
+        batch: Batch,
+        gates: Float[Tensor, "setting #example #position part"],
+        fallback: Fallback,
+        metric: Metric | None = None,
     ) -> tuple[Float[Tensor, "setting example"], Float[Tensor, "setting example *position part"]]:
         """The metric and its slope in every gate, per example.
 
@@ -236,7 +249,7 @@ class Nodes:
 
 
 @contextmanager
-def frozen(model: Model) -> Iterator[None]:
+def frozen(model: Model) -> Generator[None]:
     """No weight requires a gradient while this is open; what did before does again after it."""
     wanted = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
     try:

@@ -32,7 +32,9 @@ def charts(record: Record) -> dict[str, figures.Chart]:
             if name in scores.columns:
                 found[f"agreement-{name}"] = figures.agreement_scatter(scores, name, name)
     if record.curve is not None:
-        found["faithfulness"] = figures.faithfulness_curve(record.curve, record.random, len(record.circuit) if record.circuit else None)
+        found["faithfulness"] = figures.faithfulness_curve(
+            record.curve, record.random, len(record.circuit) if record.circuit else None
+        )
     if record.circuit is not None:
         found["circuit"] = figures.circuit_drawing(record.circuit, scores)
     if record.trust is not None and record.trust.minimality:

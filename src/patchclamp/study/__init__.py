@@ -65,7 +65,10 @@ class Study:
     def _repr_html_(self) -> str:
         from html import escape
 
-        rows = "".join(f"<li><b>{escape(claim.verdict)}</b>: {escape(claim.statement)} ({escape(claim.evidence)})</li>" for claim in self.claims)
+        rows = "".join(
+            f"<li><b>{escape(claim.verdict)}</b>: {escape(claim.statement)} ({escape(claim.evidence)})</li>"
+            for claim in self.claims
+        )
         table = Scores(self.scores.rename({"exact": "score"}), {})._repr_html_() if "exact" in self.scores.columns else ""  # pyright: ignore[reportPrivateUsage]
         return f"<p><b>{escape(self.record.headline)}</b></p><ul>{rows}</ul>{table}"
 
@@ -152,9 +155,13 @@ def _begin(model: Model, task: Task, plan: Plan, run: Run, told: Progress) -> _W
     steps.require(baseline, split.confirm, plan.min_accuracy)
     work = _Work(model, plan, run, split, parts, kind, fallback, metric, baseline, told)
     if fallback.off_distribution:
-        work.warnings.append(f"The fallback {kind} puts in values that the model never computes itself: effects may be of the shock, not of the part.")
+        work.warnings.append(
+            f"The fallback {kind} puts in values that the model never computes itself: effects may be of the shock, not of the part."
+        )
     if split.confirm.majority > 0.9 and not split.confirm[0].targets:
-        work.warnings.append(f"{split.confirm.majority:.0%} of the prompts have the same answer: parts that always say it look like parts that know it.")
+        work.warnings.append(
+            f"{split.confirm.majority:.0%} of the prompts have the same answer: parts that always say it look like parts that know it."
+        )
     return work
 
 
@@ -178,9 +185,9 @@ def _verify(work: _Work, whole: bool) -> None:
 
 def _attribute(work: _Work, names: tuple[str, ...]) -> None:
     """What cheaper methods say of the same parts on the same prompts, and how far it agrees with exact effects."""
-    found, key = work.found, "attributions" if len(names) > 1 else f"attribution-{names[0]}"
+    found = work.found
     found["attributions"] = work.run.step(
-        key, steps.attributions, work.parts, work.split.confirm, work.fallback, work.metric, names, work.plan.seed,
+        "-".join(("attribution", *names)), steps.attributions, work.parts, work.split.confirm, work.fallback, work.metric, names, work.plan.seed,
         work.progress("attribution"),
     )  # fmt: skip
     exact: Scores = found["exact"]
@@ -219,7 +226,9 @@ def _discover(work: _Work) -> None:
 def _trust(work: _Work) -> None:
     """The circuit on the confirm set, against random circuits of its size and shape."""
     plan, found, confirm = work.plan, work.found, work.split.confirm
-    resampled = resampled_circuits(found["selected"], found["samples"], len(found["circuit"]), groups_of(work.split.select), seed=plan.seed)
+    resampled = resampled_circuits(
+        found["selected"], found["samples"], len(found["circuit"]), groups_of(work.split.select), seed=plan.seed
+    )
     found["trusted"] = work.run.step(
         "trust", trust, work.parts, confirm, work.fallback, found["circuit"], ranked(found["selected"], plan.order),
         groups=groups_of(confirm), metric=work.metric, random_circuits=plan.random_circuits, resampled=resampled, seed=plan.seed,
@@ -260,7 +269,7 @@ def _finish(work: _Work, task: Task, run: Run) -> Study:
         scores=records.table(work.parts, found),
         fallbacks=(work.kind, *([found["second_fallback"]] if "second" in found else [])),
         agreement=found.get("agreement", {}),
-        nulls=summary.nulls,
+        nulls=tuple(summary.nulls),
         toggles=None if roles is None else roles.toggles,
         toggled="log-probability of the answer",
         curve=None if trusted is None else trusted.curve,
@@ -277,7 +286,12 @@ def _finish(work: _Work, task: Task, run: Run) -> Study:
 
 
 def open_run(
-    folder: str | Path | None, model: Model, task: Task, plan: Plan, watch: Watch | None = None, source: Mapping[str, Any] | None = None
+    folder: str | Path | None,
+    model: Model,
+    task: Task,
+    plan: Plan,
+    watch: Watch | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> Run:
     """Open (or go on with) the run of this question; by default in runs/ under its digest. Use it as a context manager.
 

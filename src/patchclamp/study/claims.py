@@ -98,7 +98,9 @@ def _parts(found: Found, exact: Scores) -> list[Claim]:
         same = other is None or other["score"] * row["score"] > 0
         evidence = f"closing it alone takes {row['score']:+.2f} [{row['low']:.2f}, {row['high']:.2f}] (q = {row['q']:.2g} over {len(exact)} parts)"
         if other is not None:
-            evidence += f"; under the fallback {found.second_fallback} {other['score']:+.2f} [{other['low']:.2f}, {other['high']:.2f}]"
+            evidence += (
+                f"; under the fallback {found.second_fallback} {other['score']:+.2f} [{other['low']:.2f}, {other['high']:.2f}]"
+            )
         made.append(
             Claim(
                 f"{row['site']} {word} the behaviour",
@@ -127,7 +129,9 @@ def _content(found: Found, exact: Scores) -> list[Claim]:
     rows = [(row, exact[row["site"]]["score"]) for row in found.shifted.table.iter_rows(named=True)]
     kept = [row["score"] / before for row, before in rows if before]
     held = all(share > 0.5 for share in kept)
-    texts = [f"{row['site']} {before:+.2f} becomes {row['score']:+.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row, before in rows]
+    texts = [
+        f"{row['site']} {before:+.2f} becomes {row['score']:+.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row, before in rows
+    ]
     return [Claim(statement, found.scope, "behind 1 to 6 random tokens: " + "; ".join(texts), refute, _verdict(held))]
 
 
@@ -186,7 +190,10 @@ def _agreements(found: Found, agreement: Mapping[str, Agreement]) -> list[Claim]
 
 def _roles(found: Found) -> list[Claim]:
     assert found.roles is not None
-    counts = {role: int((found.roles["role"] == role).sum()) for role in ("facilitating", "interfering", "irrelevant", "redundant", "undecided")}
+    counts = {
+        role: int((found.roles["role"] == role).sum())
+        for role in ("facilitating", "interfering", "irrelevant", "redundant", "undecided")
+    }
     spoken = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
     made = [
         Claim(

@@ -43,7 +43,12 @@ def table(parts: Parts, found: Mapping[str, Any]) -> pl.DataFrame:
 
 
 def _columns(scores: Scores, name: str, with_p: bool) -> pl.DataFrame:
-    chosen = [pl.col("site"), pl.col("score").alias(name), pl.col("low").alias(f"{name}_low"), pl.col("high").alias(f"{name}_high")]
+    chosen = [
+        pl.col("site"),
+        pl.col("score").alias(name),
+        pl.col("low").alias(f"{name}_low"),
+        pl.col("high").alias(f"{name}_high"),
+    ]
     if with_p:
         chosen += [pl.col("p").alias(f"{name}_p"), pl.col("q").alias(f"{name}_q")]
     return scores.table.select(chosen)

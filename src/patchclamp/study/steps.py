@@ -25,7 +25,9 @@ def metric_for(examples: Examples, asked: str | None) -> str:
     """The metric's name: the one asked for, else the task's; raises `MetricError` where the task cannot serve it."""
     metric = metric_named(asked or examples.metric)
     if metric.wrong and not examples[0].wrong:
-        raise MetricError(f"{metric.name} compares with wrong answers, and the task {examples.task!r} gives none: use nll, or give 'wrong'")
+        raise MetricError(
+            f"{metric.name} compares with wrong answers, and the task {examples.task!r} gives none: use nll, or give 'wrong'"
+        )
     return metric.name
 
 
@@ -121,7 +123,9 @@ def _prompt(model: Model, examples: Examples, i: int, metric: str) -> Prompt:
     logp, given = _log_probabilities(model, example.clean)
     batch = examples.batch([i])
     with torch.no_grad():
-        value = metric_named("logit_diff" if example.wrong else "log_probability")(model.target_logits(batch), batch.to(model.device))
+        value = metric_named("logit_diff" if example.wrong else "log_probability")(
+            model.target_logits(batch), batch.to(model.device)
+        )
 
     def chance(answers: tuple[tuple[int, ...], ...]) -> float:
         if len(answers[0]) == 1:

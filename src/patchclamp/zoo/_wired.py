@@ -9,7 +9,7 @@ model.logits(tokens, {"L1.h2": 0.5})      # the closed form at any gates, in pla
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from patchclamp.errors import ModelError
-from patchclamp.tasks import Pair, Task
-from patchclamp.tasks._tokens import Tokenizer
+from patchclamp.tasks import Pair, Task, Tokenizer
 from patchclamp.zoo import _compile
 from patchclamp.zoo._designs import CONCEPTS, DESIGNS, FILLERS, PEOPLE, RELATIONS, N
 from patchclamp.zoo._wiring import Family, Truth, Wiring, run
@@ -48,11 +47,11 @@ class Wired:
     name: str
     family: Family
     about: str
-    hf: "GPT2LMHeadModel | LlamaForCausalLM"
-    tokenizer: "PreTrainedTokenizerFast"
-    task: Task
-    truth: Truth
-    wiring: Wiring
+    hf: "GPT2LMHeadModel | LlamaForCausalLM" = field(repr=False)
+    tokenizer: "PreTrainedTokenizerFast" = field(repr=False)
+    task: Task = field(repr=False)
+    truth: Truth = field(repr=False)
+    wiring: Wiring = field(repr=False)
 
     def logits(
         self, tokens: tuple[int, ...], gates: Mapping[str, float] | None = None, corrupt: tuple[int, ...] | None = None
