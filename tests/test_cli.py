@@ -71,6 +71,7 @@ def test_a_map_from_the_shell(cli: Cli, saved: Path, tmp_path: Path, truth: Wire
     code, out, _ = cli("trust", tmp_path / "run", "--json")
     body = json.loads(out)
     assert code == 0 and body["trust"]["draws"] == 10 and Path(body["report"]).is_file()
+    assert all("exact" in row and "role" in row for row in body["scores"])  # what the map found is still there
     code, out, _ = cli("report", tmp_path / "run", "--csv", tmp_path / "parts.csv", "--figures", tmp_path / "figures")
     assert code == 0 and pl.read_csv(tmp_path / "parts.csv").height == len(truth.truth.roles)
     assert (tmp_path / "figures" / "effects.svg").read_text().startswith("<svg")

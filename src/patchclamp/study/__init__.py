@@ -33,6 +33,9 @@ from patchclamp.trust import Trusted, resampled_circuits, trust
 
 __all__ = ["STEPS", "Plan", "Study", "load", "map", "open_run"]
 
+FINISHED = {"roles": "gate", "second": "verify", "discover": "discover", "trust": "trust"}
+"""Which step of a map has been done where a run has kept the result of this name."""
+
 Progress = Callable[[str, int, int], None]
 """Told (what is running, how much is done, how much there is)."""
 
@@ -131,6 +134,7 @@ def map(
     if unknown := set(do) - set(STEPS):
         raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join(STEPS)}")
     task = load_task(task) if isinstance(task, str) else task
+    do = {*do, *(step for name, step in FINISHED.items() if name in run.seconds)}  # what a run has found stays in it
     work = _begin(model, task, plan, run, progress or (lambda what, done, of: None))
     if {"attribute", "verify", "gate"} & set(do):
         _verify(work, whole="verify" in do)

@@ -2,15 +2,13 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
 from patchclamp.tasks import Examples, Pair, Task, Tokenizer, load_task
 from patchclamp.tasks._pairs import Prompt
-from patchclamp.tasks.coloured_objects import COLORS, OBJECTS
-from patchclamp.tasks.induction import ordinary
 from patchclamp.zoo.recipes._words import BOS, EOS, Listener, pieces, vocabulary
 
 FOLDS = 5
@@ -44,7 +42,6 @@ def heard(names: Sequence[str], seed: int) -> tuple[str, ...]:
         for pair in islice(_endless(load_task(name), random.Random(f"{seed}/words/{name}"), listener), 4000):
             texts = (pair.clean, *pair.answer, pair.corrupt or "", *pair.wrong)
             listener([text for text in texts if isinstance(text, str)])
-    listener([_colours(random.Random(i), 1 + i % 6)[0] for i in range(2000)])
     return vocabulary(listener.heard)
 
 
@@ -62,12 +59,11 @@ Text = list[tuple[str | tuple[int, ...], float]]  # pieces of a row with their w
 
 
 def rows(shares: Mapping[str, int], tokenizer: Tokenizer, seed: str) -> list[Row]:
-    """So many rows of each task and lesson, shuffled."""
+    """So many rows of each task, shuffled."""
     rng = random.Random(seed)
     texts: list[Text] = []
     for name, count in shares.items():
-        source = LESSONS[name](rng, tokenizer) if name in LESSONS else _task_rows(load_task(name), rng, tokenizer)
-        texts.extend(islice(source, count))
+        texts.extend(islice(_task_rows(load_task(name), rng, tokenizer), count))
     rng.shuffle(texts)
     strings = [piece for text in texts for piece, _ in text if isinstance(piece, str)]
     encoded: Iterator[list[int]] = iter(tokenizer(strings, add_special_tokens=False)["input_ids"] if strings else [])
@@ -110,45 +106,3 @@ def _repeated(prompt: tuple[int, ...]) -> Text:
     line = prompt[1:]
     first = line[: line.index(line[0], 1)]
     return [(first, 0.0), (first[:1], 0.0), (first[1:], ANSWER_WEIGHT / 4)]
-
-
-def _colours(rng: random.Random, count: int) -> tuple[str, list[tuple[str, str]]]:
-    colors, objects = rng.sample(COLORS, count), rng.sample(OBJECTS, count)
-    things = [f"a {color} {thing}" for color, thing in zip(colors, objects, strict=True)]
-    listed = ", and ".join(filter(None, (", ".join(things[:-1]), things[-1])))
-    return f"I see {listed}.", list(zip(objects, colors, strict=True))
-
-
-def _colour_lesson(rng: random.Random, _: Tokenizer) -> Iterator[Text]:
-    """Up to six things are seen, then the colour of each is named: right after the thing, or after "is"."""
-    while True:
-        text, things = _colours(rng, rng.randint(1, 6))
-        link = rng.choice(("", " is"))
-        lesson: Text = [(text, PROMPT_WEIGHT)]
-        for thing, color in rng.sample(things, len(things)):
-            lesson += [(f" The {thing}{link}", PROMPT_WEIGHT), (f" {color}", ANSWER_WEIGHT), (".", PROMPT_WEIGHT)]
-        if not unseen(text):
-            yield lesson
-
-
-def _before_lesson(rng: random.Random, tokenizer: Tokenizer) -> Iterator[Text]:
-    """Random pairs of tokens, then each second one again, to be followed by the first: "A B, C D. D C, B A", or "D is C".
-
-    This is coloured objects without colours and objects. It asks for up to ten answers among up to twenty tokens a row, where
-    coloured objects ask for one among three, and it is what breaks the plateau at which any colour of the list is said.
-    """
-    words = ordinary(tokenizer)
-    comma, dot, linked = (tuple(ids) for ids in tokenizer([",", ".", " is"], add_special_tokens=False)["input_ids"])
-    while True:
-        count = rng.randint(2, 10)
-        drawn = rng.sample(words, 2 * count)
-        pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
-        link = rng.choice(((), linked))
-        lesson: Text = [((*(token for pair in pairs for token in (*pair, *comma)), *dot), 0.0)]
-        for before, after in rng.sample(pairs, count):
-            lesson += [((after,), 0.0), (link, PROMPT_WEIGHT), ((before,), ANSWER_WEIGHT / 2), (comma, PROMPT_WEIGHT)]
-        yield lesson
-
-
-LESSONS: dict[str, Callable[[random.Random, Tokenizer], Iterator[Text]]] = {"before": _before_lesson, "colours": _colour_lesson}
-"""What makes coloured objects learnable; without them a model of this size stays at chance."""

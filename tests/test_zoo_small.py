@@ -1,0 +1,114 @@
+"""The trained model that ships: what it can do on word combinations that it was never trained on, and how it was made."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from patchclamp import zoo
+from patchclamp.errors import ModelError
+from patchclamp.metrics import METRICS
+from patchclamp.tasks import load_task
+from patchclamp.zoo.recipes import small
+from patchclamp.zoo.recipes._texts import rows, unseen, unseen_examples
+
+REQUIRED = ("ioi", "greater_than", "induction", "gendered_pronoun", "agreement", "capitals")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(zoo.path("small"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(zoo.path("small")).eval()
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_solves_unseen_word_combinations(name: str, model, tokenizer) -> None:
+    """Logit difference, left-padded rows, examples drawn with a seed that neither training nor its choices used."""
+    examples = unseen_examples(name, tokenizer, n=150, seed=101)
+    assert len(examples) >= 60
+    assert all(unseen(example.pair.clean) for example in examples)
+    batch = examples.batch()
+    with torch.no_grad():
+        out = model(input_ids=batch.tokens, attention_mask=batch.mask.long(), position_ids=batch.position_ids)
+    values = METRICS["logit_diff"](out.logits[batch.target_row, batch.target_position][None], batch)
+    assert (values > 0).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_every_pair_of_a_task_fits_the_tokenizer(name: str, tokenizer) -> None:
+    examples = load_task(name).examples(tokenizer, 200)
+    assert not examples.dropped.keys() - {"drawn before"}
+
+
+def test_unseen_is_a_fifth_and_ignores_the_order_of_words(tokenizer) -> None:
+    pairs = [example.pair for example in load_task("ioi").examples(tokenizer, 400, seed=5)]
+    share = sum(unseen(pair.clean) for pair in pairs) / len(pairs)
+    assert 0.13 < share < 0.27
+    assert all(unseen(pair.clean) == unseen(pair.corrupt) for pair in pairs)
+
+
+@pytest.mark.parametrize("name", [*REQUIRED, "addition", "name_recall"])
+def test_training_text_holds_no_unseen_prompt(name: str, tokenizer) -> None:
+    """Each row begins with a prompt, which is cut off at the answer (the weighted tokens) and hashed anew."""
+    for row in rows({name: 150}, tokenizer, "test"):
+        if name == "induction":
+            line = row.tokens[1 : row.tokens.index(row.tokens[1], 2)]
+            assert row.tokens[1:-1] == line * 2
+            continue
+        at = next(i for i, weight in enumerate(row.weights) if weight == 1.0)
+        assert not unseen(tokenizer.decode(list(row.tokens[1:at])))
+
+
+def test_tokenizer_round_trips_and_keeps_words_and_digit_pairs_whole(tokenizer) -> None:
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("The war lasted from the year 1732 to the year 17")["input_ids"])
+    assert tokens == ["<bos>", "The", " war", " lasted", " from", " the", " year", " 17", "32", " to", " the", " year", " 17"]
+    for name in REQUIRED:
+        if name != "induction":
+            text = load_task(name).examples(tokenizer, 1, seed=random.Random(name).randrange(100))[0].pair.clean
+            coded = tokenizer(text, return_offsets_mapping=True)
+            assert tokenizer.decode(coded["input_ids"][1:]) == text
+            assert "".join(text[start:end] for start, end in coded["offset_mapping"]) == text
+
+
+def test_what_ships_is_small_and_complete() -> None:
+    folder = zoo.path("small")
+    shipped = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= shipped.keys()
+    assert sum(shipped.values()) < 10 * 2**20
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_the_zoo_names_and_describes() -> None:
+    assert "small" in zoo.names()
+    assert "ioi" in zoo.describe("small")
+    with pytest.raises(ModelError, match="no trained model 'large'"):
+        zoo.path("large")
+
+
+def test_an_interrupted_training_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two updates, stopped and taken up again, against two updates at one go."""
+    monkeypatch.setattr(small, "TASKS", ("induction", "agreement"))
+    monkeypatch.setattr(small, "unseen_examples", lambda name, tokenizer: unseen_examples(name, tokenizer, n=20))
+    monkeypatch.setattr(small, "shares", lambda accuracy, count: {"induction": count // 2, "agreement": count // 2})
+    recipe = small.Recipe(layers=1, heads=2, width=16, mlp=16, batch=4, every=1, most=2, last=1)
+    small.train(recipe, tmp_path / "whole")
+    keep = small._keep
+
+    def killed(*args) -> None:
+        keep(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(small, "_keep", killed)
+        small.train(recipe, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    small.train(recipe, tmp_path / "parts")
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
