@@ -58,9 +58,7 @@ class Batch:
         """The same batch on another device (itself, where it is there already)."""
         if self.tokens.device == torch.device(device):
             return self
-        moved = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved, spans={name: span.to(device) for name, span in self.spans.items()})
 
     def columns(self, position: int | str) -> Bool[Tensor, "row position"]:
