@@ -210,6 +210,17 @@ def test_backward_after_the_edits_have_ended_is_refused() -> None:
         slopes(model, True, ("z",), backward_inside=False)
 
 
+def test_backward_twice_recomputes_twice() -> None:
+    model = Model.load(tiny("llama"))
+    model.hf.train().activation_checkpointing_enable()
+    gate = torch.full((1,), 0.6, requires_grad=True)
+    with model.editing({Site("z", 0): Mix(gate, torch.zeros(1)), Site("resid.mid", 1): Scale(0.5)}):
+        loss = model.hf(input_ids=TOKENS, use_cache=False).logits.log_softmax(-1)[:, -1, 3].sum()
+        (once,) = torch.autograd.grad(loss, gate, retain_graph=True)
+        (again,) = torch.autograd.grad(loss, gate)
+    assert torch.equal(once, again) and once != 0
+
+
 def test_backward_in_another_thread_recomputes_with_the_edits() -> None:
     """As autograd does on an accelerator."""
     found = []

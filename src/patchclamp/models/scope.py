@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -103,25 +104,30 @@ def recomputed_alike(hf: nn.Module) -> Generator[None, None, None]:
 
 
 def _remember() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _as_it_was(OPEN.get(), WATCHED.get(), tuple(dict(session.stash) for session in OPEN.get()))
+    return nullcontext(), _AsItWas(OPEN.get(), WATCHED.get(), tuple(dict(session.stash) for session in OPEN.get()))
 
 
-@contextmanager
-def _as_it_was(
-    sessions: tuple[Opened, ...], watched: Mapping[int, Visits] | None, stashes: tuple[dict[Any, Any], ...]
-) -> Generator[None, None, None]:
-    if not all(session.opened for session in sessions):
-        raise GateError(
-            "the backward pass recomputes activations, but the edits that were on have ended: run backward inside `editing`"
-        )
-    now = [session.stash for session in sessions]
-    tokens = OPEN.set(sessions), WATCHED.set(watched)
-    for session, stash in zip(sessions, stashes, strict=True):
-        session.stash = dict(stash)
-    try:
-        yield
-    finally:
-        for session, stash in zip(sessions, now, strict=True):
-            session.stash = stash
-        OPEN.reset(tokens[0])
-        WATCHED.reset(tokens[1])
+@dataclass
+class _AsItWas(AbstractContextManager[None]):
+    """The sessions of one call, with what they had stashed; entered at every backward pass through the call."""
+
+    sessions: tuple[Opened, ...]
+    watched: Mapping[int, Visits] | None
+    stashes: tuple[dict[Any, Any], ...]
+    undo: list[ExitStack] = field(default_factory=list[ExitStack])
+
+    def __enter__(self) -> None:
+        if not all(session.opened for session in self.sessions):
+            raise GateError(
+                "the backward pass recomputes activations, but the edits that were on have ended: run backward inside `editing`"
+            )
+        stack = ExitStack()
+        stack.callback(OPEN.reset, OPEN.set(self.sessions))
+        stack.callback(WATCHED.reset, WATCHED.set(self.watched))
+        for session, stash in zip(self.sessions, self.stashes, strict=True):
+            stack.callback(setattr, session, "stash", session.stash)
+            session.stash = dict(stash)
+        self.undo.append(stack)
+
+    def __exit__(self, *error: object) -> None:
+        self.undo.pop().close()
