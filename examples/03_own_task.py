@@ -16,7 +16,7 @@ def pairs(rng, tokenizer):
         yield Pair(clean, f" {one}", corrupt, f" {two}")
 
 
-task = Task("gift", "Gift: the one named once gets it", pairs, size=12)
-examples = task.examples(model.tokenizer)
+task = Task("gift", "Gift: the one named once gets it", pairs)
+examples = task.examples(model.tokenizer, 6)
 print(len(examples), "pairs;", dict(examples.dropped))
-print(task.preview(model.tokenizer, 2))
+print(examples.texts(0), examples[0].pair.answer)
