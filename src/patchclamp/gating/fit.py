@@ -67,6 +67,11 @@ class Gated:
     about: dict[str, Any] = field(default_factory=dict[str, Any])
     warnings: tuple[str, ...] = ()
 
+    def first(self, seeds: int) -> "Gated":
+        """The same with its first seeds only."""
+        rows = slice(0, seeds)
+        return replace(self, free=self.free.take(rows), plus=self.plus.take(rows), minus=self.minus.take(rows))
+
     @property
     def descents(self) -> dict[str, Descent]:
         """By what they learn: "gate", "gate_plus", "gate_minus"."""
@@ -163,7 +168,7 @@ def refit(
     *,
     progress: Progress | None = None,
 ) -> tuple[Gated, ...]:
-    """G+ and G- at other lambdas: a short descent from each seed's own ends, all folded into one.
+    """G+ and G- at other lambdas: a short descent from each seed's own ends, all folded into one; half-open gates stay so.
 
     Args:
         parts, examples, fallback: as in the fit.
@@ -177,7 +182,7 @@ def refit(
     sign = torch.cat([torch.ones(seeds), -torch.ones(seeds)]).double() * settings.lam
     stage = Stage(settings.refits, settings.pressed.rate, settings.pressed.last_rate)
     batches = balanced(examples, settings).batches(settings.null_batch, settings.seed, 3)
-    moved = press(
+    moved = descend(
         parts, batches, fallback, ends.repeat(len(factors), 1), torch.cat([factor * sign for factor in factors]), stage,
         replace(settings, window=0), "other lambdas", progress,
     )  # fmt: skip

@@ -25,6 +25,8 @@ from patchclamp.gating.toggle import toggle
 from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks import Examples
 
+FACTORS = (1 / 3, 3.0)  # of lambda: a role that does not outlast them is fragile
+
 
 @dataclass(frozen=True)
 class Null:
@@ -111,7 +113,7 @@ def roles(
     Irrelevant is what most seeds' gates let go either way and whose exact effect is nothing: it reads "irrelevant while the
     others are open". A part that gates keep in some seed and whose exact effect is nothing is "redundant" where closing it
     together with another such part costs much more than both alone. `fragile` marks roles by gates that change when lambda
-    is a third or three times as large (refitted from each seed's own ends).
+    is a third or three times as large (two seeds, refitted from their own ends).
 
     Args:
         parts: what is gated.
@@ -219,12 +221,16 @@ def bars(nulls: Sequence[Null]) -> dict[str, float] | None:
 
 
 def _fragile(parts: Parts, gated: Gated, fit_on: Examples, fallback: Fallback, progress: Progress | None) -> list[str]:
-    """Per part, what its role by gates becomes at a third and at three times lambda, where that is another role."""
-    if not gated.settings.refits:
-        return [""] * len(gated.labels)
-    now, texts = role_names(calls(gated)), [list[str]() for _ in gated.labels]
-    for factor, other in zip((1 / 3, 3.0), refit(parts, gated, fit_on, fallback, (1 / 3, 3.0), progress=progress), strict=True):
-        for text, name, then in zip(texts, now, role_names(calls(other)), strict=True):
-            if name != then:
-                text.append(f"{then or 'seeds differ'} at lambda {'/ 3' if factor < 1 else 'x 3'}")
+    """Per part, what its role by gates becomes at a third and at three times lambda, where that is another role.
+
+    Refits are of the first two seeds: another role than those two give, and than all of them give, at the lambda of the fit.
+    """
+    texts = [list[str]() for _ in gated.labels]
+    if gated.settings.refits:
+        few = gated.first(2)
+        whole, now = role_names(calls(gated)), role_names(calls(few))
+        for factor, other in zip(FACTORS, refit(parts, few, fit_on, fallback, FACTORS, progress=progress), strict=True):
+            for text, *known, then in zip(texts, whole, now, role_names(calls(other)), strict=True):
+                if then not in known:
+                    text.append(f"{then or 'seeds differ'} at lambda {'/ 3' if factor < 1 else 'x 3'}")
     return [", ".join(text) for text in texts]
