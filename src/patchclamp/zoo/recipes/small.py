@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 TASKS = ("ioi", "greater_than", "induction", "gendered_pronoun", "agreement", "capitals", "addition", "name_recall")
-HEARD = (*TASKS, "coloured_objects")  # whose words have tokens; coloured objects stayed at chance in every training so far
+HEARD = (*TASKS, "coloured_objects")  # coloured objects are not trained yet; their words have tokens
 OPTIONAL = ("addition",)  # training does not wait for these
 
 
