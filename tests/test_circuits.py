@@ -15,7 +15,6 @@ from patchclamp.parts import Nodes, benefits, nodes
 from patchclamp.trust import resampled_circuits, trust
 from patchclamp.zoo import wired
 from patchclamp.zoo._wired import Wired
-from test_parts import examples
 
 DIFF = METRICS["logit_diff"]
 
@@ -106,7 +105,7 @@ def test_what_cannot_be_judged_is_refused(induction: tuple[Wired, Nodes]):
     scores = attribute(parts, some, parts.fallback("resample"))
     with pytest.raises(PatchclampError, match=r"0\.85"):
         discover(parts, some, parts.fallback("resample"), scores, faithfulness=1.5)
-    same = examples(3)
+    same = model.task.examples(model.tokenizer, 3, seed=3)
     items = tuple(type(item)(**{**vars(item), "corrupt": item.clean}) for item in same)
     frozen = type(same)(items, same.tokenizer, "still")
     with pytest.raises(MetricError, match="no behaviour"):

@@ -64,7 +64,8 @@ def quoted(cell: str) -> list[str]:
 
 def function_fault(path: str) -> str:
     """Why a dotted path cannot be imported, or nothing."""
-    module, attributes = path, list[str]()
+    module, _, last = path.rpartition(".")  # a function may be called as the module that it comes from
+    attributes = [last]
     while True:
         try:
             found = importlib.import_module(module)

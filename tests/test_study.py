@@ -143,7 +143,7 @@ def test_metrics_that_do_not_fit_are_refused(truth: Wired, model: Model):
     with pytest.raises(MetricError, match="there is no metric"):
         map(model, truth.task, replace(PLAN, metric="bleu"))
     with pytest.raises(PatchclampError, match="faithfulness 2"):
-        Plan(faithfulness=2)
+        Plan(faithfulness=2.0)
 
 
 def test_another_question_does_not_take_the_folder(truth: Wired, model: Model, study: Study):

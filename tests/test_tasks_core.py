@@ -72,7 +72,7 @@ def test_pairs_that_do_not_align_are_dropped_and_named() -> None:
         task([bad]).examples(WORDS)
     examples = task([bad, pair()]).examples(WORDS)
     assert len(examples) == 1
-    assert dict(examples.dropped) == {"clean and corrupt have different numbers of tokens": 1}
+    assert dict(examples.dropped) == {"clean and corrupt do not align: they have different numbers of tokens": 1}
     assert examples.failed == ("John/Mary Anna",)
 
 
@@ -404,7 +404,7 @@ def test_preview_shows_tokens_answers_and_spans() -> None:
     """What a person reads before trusting a task."""
     text = task([pair(spans={"IO": (5, 9)}), pair(corrupt=TEXT + " a")]).preview(WORDS, 5)
     assert "clean    When| Mary| and| John" in text and "answer   ' Mary'" in text and "IO=' Mary'" in text
-    assert "dropped 1: clean and corrupt have different numbers of tokens" in text
+    assert "dropped 1: clean and corrupt do not align: they have different numbers of tokens" in text
 
 
 def test_example_is_frozen() -> None:

@@ -15,7 +15,7 @@ from patchclamp.tasks import load_task
 from patchclamp.zoo.recipes import small
 from patchclamp.zoo.recipes._texts import rows, unseen, unseen_examples
 
-REQUIRED = ("ioi", "greater_than", "induction", "gendered_pronoun", "agreement", "capitals")
+REQUIRED = ("ioi", "greater_than", "induction", "gendered_pronoun", "agreement", "capitals", "coloured_objects")
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +87,51 @@ def test_what_ships_is_small_and_complete() -> None:
 
 def test_the_zoo_names_and_describes() -> None:
     assert "small" in zoo.names()
-    assert "ioi" in zoo.describe("small")
+    assert all(name in zoo.describe("small") for name in REQUIRED)
     with pytest.raises(ModelError, match="no trained model 'large'"):
         zoo.path("large")
+
+
+def test_the_course_begins_when_the_tasks_are_known_and_never_goes_back() -> None:
+    recipe, low = small.Recipe(), dict.fromkeys((*small.TASKS, *small.COURSE), 0.0)
+    known = low | dict.fromkeys(small.TASKS, 1.0) | {"addition": 0.0}
+    first, second = small.COURSE[:2]
+    assert small.course_of(recipe, small.State(accuracy=low)) == -1
+    assert small.course_of(recipe, small.State(accuracy=known)) == 0
+    assert small.course_of(recipe, small.State(accuracy=known | {second: 1.0})) == 0  # in order
+    assert small.course_of(recipe, small.State(accuracy=known | {first: 1.0, second: 1.0})) == 2
+    assert small.course_of(recipe, small.State(course=2, accuracy=low)) == 2
+    assert small.course_of(recipe, small.State(accuracy=known | dict.fromkeys(small.COURSE, 1.0))) == len(small.COURSE)
+
+
+def test_rows_are_shared_by_what_is_not_known() -> None:
+    before = small.shares({"ioi": 1.0, "capitals": 0.0}, -1, 6400)
+    assert not before.keys() & set(small.COURSE) and before["capitals"] == pytest.approx(11 * before["ioi"], abs=11)
+    for course in range(len(small.COURSE) + 1):
+        given = small.shares({}, course, 6400)
+        assert sum(given.values()) == pytest.approx(6400, abs=20)
+        if course < len(small.COURSE):
+            assert given[small.COURSE[course]] == 2560
+
+
+@pytest.mark.parametrize("name", small.LESSONS)
+def test_lessons_ask_what_can_be_known(name: str, tokenizer) -> None:
+    """What is asked stands right before its object, which is named again right before the answer or one word earlier."""
+    for row in rows({name: 20}, tokenizer, "test"):
+        tokens, stop = row.tokens, row.tokens.index(tokenizer.convert_tokens_to_ids("."))
+        asked = [i for i in range(len(tokens)) if row.weights[i] >= 0.5]
+        assert len(asked) >= 2 and min(asked) > stop
+        for i in asked:
+            thing = tokens[i - 2] if "linked" in name else tokens[i - 1]
+            assert tokens[tokens.index(thing) - 1] == tokens[i]
 
 
 def test_an_interrupted_training_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two updates, stopped and taken up again, against two updates at one go."""
     monkeypatch.setattr(small, "TASKS", ("induction", "agreement"))
+    monkeypatch.setattr(small, "rows", lambda shares, tok, seed: rows({n: min(k, 4) for n, k in shares.items()}, tok, seed))
     monkeypatch.setattr(small, "unseen_examples", lambda name, tokenizer: unseen_examples(name, tokenizer, n=20))
-    monkeypatch.setattr(small, "shares", lambda accuracy, count: {"induction": count // 2, "agreement": count // 2})
+    monkeypatch.setattr(small, "shares", lambda accuracy, course, count: {"induction": count // 2, "agreement": count // 2})
     recipe = small.Recipe(layers=1, heads=2, width=16, mlp=16, batch=4, every=1, most=2, last=1)
     small.train(recipe, tmp_path / "whole")
     keep = small._keep

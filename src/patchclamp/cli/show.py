@@ -41,7 +41,7 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
                        f"facilitating or interfering ({null.raw_facilitating + null.raw_interfering:.0%} without safeguards)"))  # fmt: skip
     for claim in record.claims:
         out.print(Text.assemble((f"{claim.verdict:>13}  ", STYLES[claim.verdict]), claim.statement))
-    out.print(Text.assemble(("Report ", "bold"), str(report)))
+    out.print(Text.assemble(("Report ", "bold"), str(report)), soft_wrap=True)  # a path in one piece can be clicked
 
 
 def _parts(scores: pl.DataFrame) -> None:

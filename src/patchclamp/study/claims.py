@@ -96,11 +96,9 @@ def _parts(found: Found, exact: Scores) -> list[Claim]:
         word = "facilitates" if row["score"] > 0 else "interferes with"
         other = _row(found.second, row["site"])
         same = other is None or other["score"] * row["score"] > 0
-        evidence = f"closing it alone takes {row['score']:+.2f} [{row['low']:.2f}, {row['high']:.2f}] (q = {row['q']:.2g} over {len(exact)} parts)"
+        evidence = f"closing it alone takes {_effect(row)} (q = {row['q']:.2g} over {len(exact)} parts)"
         if other is not None:
-            evidence += (
-                f"; under the fallback {found.second_fallback} {other['score']:+.2f} [{other['low']:.2f}, {other['high']:.2f}]"
-            )
+            evidence += f"; under the fallback {found.second_fallback} {_effect(other)}"
         made.append(
             Claim(
                 f"{row['site']} {word} the behaviour",
@@ -119,6 +117,11 @@ def _row(scores: Scores | None, site: str) -> dict[str, Any] | None:
     return scores[site]
 
 
+def _effect(row: Mapping[str, Any]) -> str:
+    interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['score']:+.2f}{interval}"
+
+
 def _content(found: Found, exact: Scores) -> list[Claim]:
     statement = "The largest effects follow what the prompt says, not where it stands"
     refute = "put random tokens before the prompts and see the effects vanish or turn"
@@ -129,9 +132,7 @@ def _content(found: Found, exact: Scores) -> list[Claim]:
     rows = [(row, exact[row["site"]]["score"]) for row in found.shifted.table.iter_rows(named=True)]
     kept = [row["score"] / before for row, before in rows if before]
     held = all(share > 0.5 for share in kept)
-    texts = [
-        f"{row['site']} {before:+.2f} becomes {row['score']:+.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row, before in rows
-    ]
+    texts = [f"{row['site']} {before:+.2f} becomes {_effect(row)}" for row, before in rows]
     return [Claim(statement, found.scope, "behind 1 to 6 random tokens: " + "; ".join(texts), refute, _verdict(held))]
 
 

@@ -129,7 +129,7 @@ def _check_alignment(tokenizer: Tokenizer, pair: Pair, clean: Tokens, corrupt: T
     if clean == corrupt:
         raise Misfit("clean and corrupt are the same", alignment=True)
     if len(clean) != len(corrupt):
-        raise Misfit("clean and corrupt have different numbers of tokens", _differing(pair), alignment=True)
+        raise Misfit("clean and corrupt do not align: they have different numbers of tokens", _differing(pair), alignment=True)
 
 
 def _check_tokens(encoder: Encoder, pair: Pair, parts: Sequence[Tokens], longest: int) -> None:

@@ -1,14 +1,19 @@
-"""What a small model reads: prompts of the built-in tasks with their answers, a fifth of all word combinations kept aside."""
+"""What a small model reads: prompts of the built-in tasks with their answers, a fifth of all word combinations kept aside,
+and the lessons that lead up to a task that is not learned from its prompts alone.
+"""
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 from patchclamp.tasks import Examples, Pair, Task, Tokenizer, load_task
 from patchclamp.tasks._pairs import Prompt
+from patchclamp.tasks.coloured_objects import COLORS, OBJECTS
+from patchclamp.tasks.induction import ordinary
 from patchclamp.zoo.recipes._words import BOS, EOS, Listener, pieces, vocabulary
 
 FOLDS = 5
@@ -59,11 +64,12 @@ Text = list[tuple[str | tuple[int, ...], float]]  # pieces of a row with their w
 
 
 def rows(shares: Mapping[str, int], tokenizer: Tokenizer, seed: str) -> list[Row]:
-    """So many rows of each task, shuffled."""
+    """So many rows of each task and lesson, shuffled."""
     rng = random.Random(seed)
     texts: list[Text] = []
     for name, count in shares.items():
-        texts.extend(islice(_task_rows(load_task(name), rng, tokenizer), count))
+        source = LESSONS[name](rng, tokenizer) if name in LESSONS else _task_rows(load_task(name), rng, tokenizer)
+        texts.extend(islice(source, count))
     rng.shuffle(texts)
     strings = [piece for text in texts for piece, _ in text if isinstance(piece, str)]
     encoded: Iterator[list[int]] = iter(tokenizer(strings, add_special_tokens=False)["input_ids"] if strings else [])
@@ -106,3 +112,47 @@ def _repeated(prompt: tuple[int, ...]) -> Text:
     line = prompt[1:]
     first = line[: line.index(line[0], 1)]
     return [(first, 0.0), (first[:1], 0.0), (first[1:], ANSWER_WEIGHT / 4)]
+
+
+def _pairs_lesson(rng: random.Random, tokenizer: Tokenizer, linked: bool) -> Iterator[Text]:
+    """Random pairs of tokens, then each second one again, to be followed by its first: "A B, C D. D C, B A", or "D is C".
+
+    Coloured objects without colours and objects: up to ten answers a row among up to twenty tokens, where the task asks for one
+    among three. It breaks the plateau at which any colour of the list is said.
+    """
+    words = ordinary(tokenizer)
+    comma, dot, verb = (tuple(ids) for ids in tokenizer([",", ".", " is"], add_special_tokens=False)["input_ids"])
+    while True:
+        count = rng.randint(2, 10)
+        drawn = rng.sample(words, 2 * count)
+        pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
+        lesson: Text = [((*[token for pair in pairs for token in (*pair, *comma)][:-1], *dot), 0.0)]
+        for before, after in rng.sample(pairs, count):
+            asked = (after, *verb) if linked else (after,)
+            lesson += [(asked, 0.0), ((before,), ANSWER_WEIGHT / 2), (comma, PROMPT_WEIGHT)]
+        yield lesson
+
+
+def _colours_lesson(rng: random.Random, _: Tokenizer, linked: bool) -> Iterator[Text]:
+    """Things are seen, then the colour of each is named: "I see a red cup, and a blue pen. The pen blue. The cup red." """
+    while True:
+        count = rng.randint(2, 6)
+        colors, objects = rng.sample(COLORS, count), rng.sample(OBJECTS, count)
+        things = [f"a {color} {thing}" for color, thing in zip(colors, objects, strict=True)]
+        lesson: Text = [(f"I see {', '.join(things[:-1])}, and {things[-1]}.", PROMPT_WEIGHT)]
+        for color, thing in rng.sample(list(zip(colors, objects, strict=True)), count):
+            lesson += [
+                (f" The {thing} is" if linked else f" The {thing}", PROMPT_WEIGHT),
+                (f" {color}", ANSWER_WEIGHT),
+                (".", PROMPT_WEIGHT),
+            ]
+        yield lesson
+
+
+LESSONS: dict[str, Callable[[random.Random, Tokenizer], Iterator[Text]]] = {
+    "pairs": partial(_pairs_lesson, linked=False),
+    "colours": partial(_colours_lesson, linked=False),
+    "pairs linked": partial(_pairs_lesson, linked=True),
+    "colours linked": partial(_colours_lesson, linked=True),
+}
+"""The steps that lead to coloured objects, in order; without them a model of this size stays at chance."""
