@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from patchclamp.errors import BaselineError, MetricError, TaskError
 from patchclamp.methods import attribute, counted, groups_of
@@ -112,15 +114,20 @@ def prompts(model: Model, examples: Examples, metric: str, most: int = 6) -> tup
     return tuple(_prompt(model, some, i, metric) for i in range(len(some)))
 
 
-def _log_probabilities(model: Model, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.tensor([list(tokens)])
-    logp = model.run(ids)[0].float().log_softmax(-1).cpu()
-    return logp, logp[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+def _log_probabilities(model: Model, tokens: Sequence[int]) -> Float[Tensor, "position token"]:
+    """Of what follows each of the tokens."""
+    return model.run(torch.tensor([list(tokens)]))[0].float().log_softmax(-1).cpu()
+
+
+def _given(logp: Float[Tensor, "position token"], tokens: Sequence[int]) -> Float[Tensor, " given"]:
+    """What each of `tokens` was given by the row of `logp` before it."""
+    return logp[: len(tokens)].gather(-1, torch.tensor([*tokens])[:, None])[:, 0]
 
 
 def _prompt(model: Model, examples: Examples, i: int, metric: str) -> Prompt:
     example, decode = examples[i], examples.tokenizer.decode
-    logp, given = _log_probabilities(model, example.clean)
+    logp = _log_probabilities(model, example.clean)
+    given = _given(logp, example.clean[1:])
     batch = examples.batch([i])
     with torch.no_grad():
         value = metric_named("logit_diff" if example.wrong else "log_probability")(
@@ -130,8 +137,9 @@ def _prompt(model: Model, examples: Examples, i: int, metric: str) -> Prompt:
     def chance(answers: tuple[tuple[int, ...], ...]) -> float:
         if len(answers[0]) == 1:
             return float(logp[-1, [answer[0] for answer in answers]].exp().sum())
-        with_answer = _log_probabilities(model, (*example.clean, *answers[0]))[1]
-        return float(with_answer[-len(answers[0]) :].sum().exp())
+        # the last token of the answer is not read: in a model of few positions there is no room for it
+        with_answer = _log_probabilities(model, (*example.clean, *answers[0][:-1]))
+        return float(_given(with_answer[len(example.clean) - 1 :], answers[0]).sum().exp())
 
     return Prompt(
         tokens=examples.texts(i),
@@ -146,7 +154,7 @@ def _prompt(model: Model, examples: Examples, i: int, metric: str) -> Prompt:
 
 
 def _text_prompt(model: Model, examples: Examples, i: int) -> Prompt:
-    _, given = _log_probabilities(model, examples[i].clean)
+    given = _given(_log_probabilities(model, examples[i].clean), examples[i].clean[1:])
     texts = examples.texts(i)
     return Prompt(texts, (None, *given.exp().tolist()), texts[-1], float(given[-1].exp()), float(given.mean()))
 
