@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from cases import CONFIGS, tiny
-from patchclamp.edits import Put
+from patchclamp.edits import Put, Scale
 from patchclamp.errors import GateError, MetricError
 from patchclamp.metrics import METRICS, metric_named
 from patchclamp.models.model import Model
+from patchclamp.models.replay import why_plain
 from patchclamp.parts import Nodes, nodes
+from patchclamp.parts.fallbacks import Fallback
 from patchclamp.sites import Site
 from patchclamp.tasks import Example, Examples, Pair
+from patchclamp.tasks._batch import Batch
 
 DIFF, NLL = METRICS["logit_diff"], METRICS["nll"]
 
@@ -60,8 +63,9 @@ def test_open_gates_are_the_model_bit_for_bit(family: Nodes):
     fallback = family.fallback("resample")
     assert torch.equal(family.measure(batch, family.open(), fallback), plain)
     ones = family.open().expand(-1, len(batch), -1, -1).clone()
-    values, _ = family.gradient(batch, ones, fallback)  # here every gate is computed: lerp at 1 is exact
-    assert torch.equal(values, plain)
+    edits = family.edits(ones.requires_grad_(), fallback, batch)  # here every gate is computed: lerp at 1 is exact
+    assert len(edits) == len(family.places)
+    assert torch.equal(DIFF(family.model.target_logits(batch, edits), batch), plain)
 
 
 def test_everything_closed_is_the_corrupt_run(family: Nodes):
@@ -216,3 +220,73 @@ def test_gates_in_generation(gpt2: Nodes):
     assert same.tokens == plain.tokens
     closed = gpt2.model.generate(prompt, gpt2.edits(gpt2.closed(), zero), max_new_tokens=5)
     assert closed.tokens != plain.tokens
+
+
+def plainly(parts: Nodes, batch: Batch, gates: torch.Tensor, fallback: Fallback) -> torch.Tensor:
+    """One whole run per setting, with every gate computed."""
+    rows = [DIFF(parts.model.target_logits(batch, parts.edits(one[None], fallback, batch)), batch)[0] for one in gates]
+    return torch.stack(rows).detach()
+
+
+@pytest.mark.parametrize("lengths", [(7,), (7, 5)])
+def test_runs_from_the_middle_are_the_same(family: Nodes, lengths: tuple[int, ...]):
+    """Settings of any depth, in any order, with prompts of several lengths: rounding apart, as a whole run each."""
+    assert why_plain(family.model) == ""
+    batch = examples(lengths=lengths).batch()
+    draw = torch.Generator().manual_seed(1)
+    gates = family.open(8)
+    for number in range(7):  # the last one stays open
+        several = torch.randint(0, gates.shape[-1], (1 + number % 2,), generator=draw)
+        gates[number, ..., several] = torch.rand(1, generator=draw)
+    scale = max(1.0, float(family.model.target_logits(batch).detach().abs().max()))
+    for kind in ("resample", "zero"):
+        fallback = family.fallback(kind)
+        with torch.no_grad():
+            expected = plainly(family, batch, gates, fallback)
+        torch.testing.assert_close(family.measure(batch, gates, fallback), expected, atol=1e-5 * scale, rtol=0)
+        order = torch.randperm(8, generator=draw)
+        torch.testing.assert_close(family.measure(batch, gates[order], fallback), expected[order], atol=1e-5 * scale, rtol=0)
+        values, _ = family.gradient(batch, gates, fallback)
+        torch.testing.assert_close(values, expected, atol=1e-5 * scale, rtol=0)
+
+
+def one_by_one(parts: Nodes) -> torch.Tensor:
+    """A setting per part, with that part alone closed."""
+    return 1 - torch.eye(len(parts.labels), dtype=parts.open().dtype)[:, None, None]
+
+
+def test_runs_from_the_middle_at_positions():
+    """Parts at one late position start there; slopes of the embedding see every column all the same."""
+    model = Model.load(tiny("gpt2", dtype=torch.float64))
+    parts = nodes(model, positions=("end",))
+    batch, fallback = examples().batch(), parts.fallback("zero")
+    gates = one_by_one(parts)
+    with torch.no_grad():
+        expected = plainly(parts, batch, gates, fallback)
+    torch.testing.assert_close(parts.measure(batch, gates, fallback), expected, atol=1e-10, rtol=0)
+    late = gates[1:]  # no embedding among them
+    torch.testing.assert_close(parts.measure(batch, late, fallback), expected[1:], atol=1e-10, rtol=0)
+    _, slopes = parts.gradient(batch, parts.open().double(), fallback)
+    up, down = parts.open().double(), parts.open().double()
+    up[..., 0], down[..., 0] = 1 + 1e-6, 1 - 1e-6
+    with torch.no_grad():
+        steep = (plainly(parts, batch, up, fallback) - plainly(parts, batch, down, fallback))[0] / 2e-6
+    torch.testing.assert_close(slopes[0, :, 0], steep, atol=1e-5, rtol=1e-5)
+
+
+def test_other_edits_forbid_runs_from_the_middle(gpt2: Nodes):
+    """With a part held at another value around `measure`, the reference would not know: every run is whole."""
+    batch, fallback = examples().batch(), gpt2.fallback("resample")
+    gates = one_by_one(gpt2)
+    with gpt2.model.editing({Site("mlp.write", 0): Scale(0.0)}):
+        assert why_plain(gpt2.model) == "other edits are on"
+        with torch.no_grad():
+            expected = plainly(gpt2, batch, gates, fallback)
+        torch.testing.assert_close(gpt2.measure(batch, gates, fallback), expected, atol=1e-10, rtol=0)
+    assert why_plain(gpt2.model) == ""
+
+
+def test_nothing_stays_in_the_model_after_runs_from_the_middle(gpt2: Nodes):
+    batch, fallback = examples().batch(), gpt2.fallback("resample")
+    gpt2.measure(batch, one_by_one(gpt2), fallback)
+    assert not any("forward" in vars(layer.block) for layer in gpt2.model.anatomy.layers)

@@ -130,7 +130,7 @@ class Pass:
         elif stretch.phase == "generation":  # what a prompt's position names is behind us
             found = torch.zeros_like(mask)
         else:
-            found = self.columns(position).to(mask.device)
+            found = self.columns(position).to(mask.device)[:, stretch.start : stretch.stop]
             found = found.repeat(self.settings, 1) if len(found) != len(mask) else found
         return found[:, self.unembedded] if site.kind == "logits" and self.unembedded is not None else found
 

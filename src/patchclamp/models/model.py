@@ -14,10 +14,11 @@ from torch import Tensor
 
 from patchclamp.errors import NumericsError
 from patchclamp.models.anatomy import Anatomy, input_device
-from patchclamp.models.editing import Edits, Pass, visitors
+from patchclamp.models.editing import Edits, Pass, Stretch, visitors
 from patchclamp.models.sampling import Generation
 from patchclamp.models.scope import still
 from patchclamp.models.session import Session
+from patchclamp.models.standing import Start
 from patchclamp.sites import KINDS, PER_HEAD, PER_KV, Site, select
 from patchclamp.tasks._batch import Batch
 
@@ -155,17 +156,20 @@ class Model:
         with torch.no_grad():
             return self.forward(batch, edits)
 
-    def target_logits(self, batch: Batch, edits: Edits | None = None, settings: int = 1) -> Float[Tensor, "setting target token"]:
+    def target_logits(
+        self, batch: Batch, edits: Edits | None = None, settings: int = 1, start: Start = Start()
+    ) -> Float[Tensor, "setting target token"]:
         """Logits at the batch's targets, for `settings` copies of its rows. With gradient where one is recorded.
 
-        Only the columns that hold targets are unembedded.
+        Only the columns that hold targets are unembedded. `start` (from `replay.reference`) is where the run starts: edits may
+        act on its blocks and columns only.
 
         Raises:
             NumericsError: NaN among the logits.
         """
         batch = batch.to(self.device)
         columns, place = batch.target_position.unique(return_inverse=True)
-        logits = self.forward(batch, edits, settings=settings, columns=columns)
+        logits = self.forward(batch, edits, settings=settings, columns=columns, start=start)
         logits = logits.unflatten(0, (settings, -1))[:, batch.target_row, place]
         if not bool(torch.isfinite(logits).any(-1).all()) or bool(torch.isnan(logits).any()):
             raise NumericsError(
@@ -175,25 +179,37 @@ class Model:
         return logits
 
     def forward(
-        self, batch: Batch, edits: Edits | None = None, *, settings: int = 1, columns: Int[Tensor, " column"] | None = None
+        self,
+        batch: Batch,
+        edits: Edits | None = None,
+        *,
+        settings: int = 1,
+        columns: Int[Tensor, " column"] | None = None,
+        start: Start = Start(),
     ) -> Float[Tensor, "row column token"]:
-        """Logits of `settings` copies of the batch's rows (setting by setting), at `columns` or everywhere.
+        """Logits of `settings` copies of the batch's rows (setting by setting), at `columns` or everywhere that runs.
 
         Gradients flow to whatever requires them: weights of the model never do through here unless the caller says so.
         """
         batch = batch.to(self.device)
+        columns = None if columns is None else columns - start.column
         with self.editing(edits or {}, batch, settings=settings) as now:
             now.unembedded = columns if self.anatomy.keeps_logits else None
-            return self._forward(batch, settings, columns)
+            if start.column:
+                now.ran, width = start.column, batch.tokens.shape[1]
+                now.stretches = (Stretch(0, now.ran, "prompt", 0), Stretch(now.ran, width, "prompt", 0))
+            return self._forward(batch, settings, columns, start)
 
-    def _forward(self, batch: Batch, settings: int = 1, columns: Tensor | None = None) -> Tensor:
-        options: dict[str, Any] = {"use_cache": False}
+    def _forward(
+        self, batch: Batch, settings: int = 1, columns: Int[Tensor, " column"] | None = None, start: Start = Start()
+    ) -> Float[Tensor, "row column token"]:
+        options = start.options(settings)
         if self.anatomy.takes_positions:
-            options["position_ids"] = batch.position_ids.repeat(settings, 1)
+            options["position_ids"] = batch.position_ids[:, start.column :].repeat(settings, 1)
         if columns is not None and self.anatomy.keeps_logits:
             options["logits_to_keep"] = columns
-        tokens, mask = batch.tokens.repeat(settings, 1), batch.mask.long().repeat(settings, 1)
-        with still(self.hf):
+        tokens, mask = batch.tokens[:, start.column :].repeat(settings, 1), batch.mask.long().repeat(settings, 1)
+        with still(self.hf), start.standing(self.anatomy, settings):
             logits = self.hf(input_ids=tokens, attention_mask=mask, **options).logits
         if columns is not None and not self.anatomy.keeps_logits:
             logits = logits[:, columns]

@@ -38,6 +38,10 @@ class Fallback(Protocol):
         """Values for the rows of a batch; for None (generation) only rules that need no batch have any."""
         ...
 
+    def since(self, batch: Batch) -> int:
+        """The first column at which values may differ from what the model computes itself; before it, gates change nothing."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Zero:
@@ -52,6 +56,10 @@ class Zero:
         """Zeros that broadcast."""
         zero = torch.zeros(1, device=self.device)
         return dict.fromkeys(self.places, zero)
+
+    def since(self, batch: Batch) -> int:
+        """0."""
+        return 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +82,13 @@ class Resample:
         if batch not in self.kept:
             self.kept[batch] = self.record(batch.swapped())
         return self.kept[batch]
+
+    def since(self, batch: Batch) -> int:
+        """The first column at which some corrupt prompt is another."""
+        if batch.corrupt is None:
+            return 0
+        differs = (batch.tokens != batch.corrupt).any(0)
+        return int(differs.int().argmax()) if bool(differs.any()) else batch.tokens.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +117,10 @@ class Mean:
                 value[where] = self.apart[key][place][0, 0].to(value.dtype)
             values[place] = value
         return values
+
+    def since(self, batch: Batch) -> int:
+        """0."""
+        return 0
 
 
 FALLBACKS = ("resample", "mean", "zero")
@@ -155,6 +174,4 @@ def expand_to_rows(
     """Gates per example as gates per row (an example may have several)."""
     if gates.shape[1] == 1:
         return gates.expand(-1, len(batch.tokens), -1, -1)
-    if gates.shape[1] != len(batch):
-        raise GateError(f"gates for {gates.shape[1]} examples were given, and the batch has {len(batch)}")
     return gates[:, batch.example]

@@ -10,7 +10,7 @@ from copy import copy
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchclamp.edits import Mix
@@ -19,6 +19,8 @@ from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.editing import Edits
 from patchclamp.models.model import Model
 from patchclamp.models.recording import Recorder
+from patchclamp.models.replay import reference, why_plain
+from patchclamp.models.standing import Start
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples
@@ -99,6 +101,16 @@ class Nodes:
             gates[..., self._find(site)] = 0
         return gates
 
+    def _check(self, gates: Tensor, batch: Batch | None) -> None:
+        if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
+            raise GateError(
+                f"gates are [setting, example, position, part] with {len(self.labels)} parts, not {tuple(gates.shape)}"
+            )
+        if batch is not None and gates.shape[1] not in (1, len(batch)):
+            raise GateError(f"gates for {gates.shape[1]} examples were given, and the batch has {len(batch)}")
+        if batch is not None and gates.shape[2] not in (1, batch.tokens.shape[1]):
+            raise GateError(f"gates for {gates.shape[2]} columns were given, and the batch has {batch.tokens.shape[1]}")
+
     def _find(self, site: Site) -> int:
         if site not in self.index:
             raise GateError(f"{site} is not among the {len(self.labels)} parts ({self.labels[1]}, ... {self.labels[-1]})")
@@ -144,10 +156,13 @@ class Nodes:
         Raises:
             GateError: shapes that do not fit, or a fallback that has no value without a batch.
         """
-        if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
-            raise GateError(
-                f"gates are [setting, example, position, part] with {len(self.labels)} parts, not {tuple(gates.shape)}"
-            )
+        return self._edits(gates, fallback, batch, 0)
+
+    def _edits(
+        self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None, column: int
+    ) -> Edits:
+        """`edits` for runs that start at `column`."""
+        self._check(gates, batch)
         if batch is None and (gates.shape[1] > 1 or self.positions):
             raise GateError("gates per example or position need the batch")
         rows = gates if batch is None else expand_to_rows(gates, batch)
@@ -158,7 +173,7 @@ class Nodes:
         if not moved:
             return {}
         values = fallback.at(batch)
-        return {place: self._mix(place, rows[..., columns], values[place], batch) for place, columns in moved.items()}
+        return {place: self._mix(place, rows[..., columns], values[place], batch, column) for place, columns in moved.items()}
 
     def _columns_of(self, place: Site) -> list[int]:
         if place.kind == "embed":
@@ -166,10 +181,18 @@ class Nodes:
         kind = "head" if place.kind == "z" else "mlp"
         return [number for number, site in enumerate(self.labels) if site.kind == kind and site.layer == place.layer]
 
-    def _mix(self, place: Site, gates: Float[Tensor, "setting row #position gate"], value: Tensor, batch: Batch | None) -> Mix:
+    def _mix(
+        self,
+        place: Site,
+        gates: Float[Tensor, "setting row #position gate"],
+        value: Tensor,
+        batch: Batch | None,
+        column: int,
+    ) -> Mix:
         if self.positions and place.kind != "embed":
             gates = self._spread(gates, batch)
-        gate = gates.flatten(0, 1)
+        gate = (gates[:, :, column:] if gates.shape[2] > 1 else gates).flatten(0, 1)
+        value = value[:, column:] if value.dim() > 1 and value.shape[1] > 1 else value
         return Mix(gate[..., None] if place.kind == "z" else gate, value)
 
     def _spread(
@@ -193,17 +216,56 @@ class Nodes:
     ) -> Float[Tensor, "setting example"]:
         """The metric for each setting and example, in float32 or wider, without gradient.
 
-        Settings are folded into the rows, as many as `memory` allows at once. Cost: one forward pass over the batch per
-        setting, plus what the fallback costs (once per batch) and one more where the metric compares with the open run.
+        Settings are folded into the rows, as many as `memory` allows at once. Each starts at the first block and column at
+        which it differs from the model itself (`models.replay`).
+
+        Cost: per setting, one forward pass over the batch from there on; one pass for the model itself; what the fallback
+        costs (once per batch).
         """
         batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
+        self._check(gates, batch)
         with torch.no_grad():
-            reference = self.model.target_logits(batch)[0] if metric.reference else None
-            out = [
-                metric(self.model.target_logits(batch, self.edits(some, fallback, batch), len(some)), batch, reference)
-                for some in gates.split(self.fold(batch))
-            ]
-        return torch.cat(out)
+            first, out = self._first_layers(gates), dict[int, Tensor]()
+            opened = (first == self.model.layers).nonzero()[:, 0].tolist()
+            itself = self.model.target_logits(batch) if metric.reference or opened else None
+            plain = itself[0] if metric.reference and itself is not None else None
+            if itself is not None:
+                out = dict.fromkeys(opened, metric(itself, batch, plain)[0])
+            begins = sorted(set(first.tolist()) - {self.model.layers})
+            start = self._start(batch, fallback, gates, layers=len(gates) > 1 and max(begins, default=0) > 0)
+            for layer in begins if start.inputs else begins[:1]:
+                where = (first == layer if start.inputs else first < self.model.layers).nonzero()[:, 0]
+                for numbers in where.split(self.fold(batch)):
+                    some = gates[numbers]
+                    edits = self._edits(some, fallback, batch, start.column)
+                    logits = self.model.target_logits(batch, edits, len(some), start.at(layer if start.inputs else 0))
+                    out |= zip(numbers.tolist(), metric(logits, batch, plain), strict=True)
+        return torch.stack([out[number] for number in range(len(gates))])
+
+    def _first_layers(self, gates: Float[Tensor, "setting #example #position part"]) -> Int[Tensor, " setting"]:
+        """The first block at which each setting's gates are not all open; the number of blocks where all are."""
+        layers = torch.tensor([0 if site.layer is None else site.layer for site in self.labels], device=gates.device)
+        closed = (gates != 1).flatten(1, 2).any(1)
+        return torch.where(closed, layers, self.model.layers).amin(1).cpu()
+
+    def _start(
+        self,
+        batch: Batch,
+        fallback: Fallback,
+        gates: Float[Tensor, "setting #example #position part"] | None = None,
+        layers: bool = False,
+    ) -> Start:
+        """Where runs of these gates (None: of any) may start at the earliest, and what the model's own run holds there."""
+        column, last = fallback.since(batch), int(batch.target_position.min())
+        if self.positions and gates is not None and bool((gates[..., 0] == 1).all()):
+            columns = torch.stack([batch.columns(position).any(0) for position in self.positions]).any(0)
+            column = max(column, int(columns.int().argmax()))
+        column = min(column, last)
+        if 4 * column < batch.tokens.shape[1]:
+            column = 0  # keys and values of so few columns cost more than they spare
+        if not (column or layers) or why_plain(self.model):
+            return Start()
+        return reference(self.model, batch, column, layers)
 
     def gradient(
         self,
@@ -218,18 +280,21 @@ class Nodes:
             values [setting, example] and slopes [setting, example, part]; where gates differ by position, slopes have that axis
             too. Gates that are shared over examples or positions get each example's own slope, summed over positions.
 
-        Cost: one forward and one backward pass over the batch per setting. Only gates require gradients: weights never do.
+        Cost: one forward and one backward pass over the batch per setting, from the first column at which the fallback differs
+        from the model itself. Only gates require gradients: weights never do.
         """
         batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
         values: list[Tensor] = []
         slopes: list[Tensor] = []
         with frozen(self.model), torch.no_grad():
-            reference = self.model.target_logits(batch)[0] if metric.reference else None
+            plain = self.model.target_logits(batch)[0] if metric.reference else None
+            start = self._start(batch, fallback)
             for some in gates.split(self.fold(batch, backward=True)):
                 with torch.enable_grad():
                     leaf = some.detach().expand(-1, len(batch), -1, -1).clone().requires_grad_()
-                    logits = self.model.target_logits(batch, self.edits(leaf, fallback, batch), len(some))
-                    value = metric(logits, batch, reference)
+                    edits = self._edits(leaf, fallback, batch, start.column)
+                    logits = self.model.target_logits(batch, edits, len(some), start)
+                    value = metric(logits, batch, plain)
                     (slope,) = torch.autograd.grad(value.sum(), leaf)
                 values.append(value.detach())
                 slopes.append(slope.squeeze(2) if slope.shape[2] == 1 else slope)
