@@ -1,6 +1,7 @@
 """Generation: equal to transformers' own, alike with and without a cache whatever the edits, and edits where they say."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -317,3 +318,10 @@ def test_the_model_is_left_as_it_was() -> None:
     assert hf.training and hf.config._attn_implementation == "sdpa" and all(m.training for m in hf.modules())
     assert all(torch.equal(value, before[name]) for name, value in hf.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
+
+
+def test_text_keeps_its_first_blank(shared: Path) -> None:
+    """SentencePiece drops a blank that starts what it decodes: new tokens are decoded behind their prompt."""
+    model = Model.load(str(shared / "models/stories260k-llama"))
+    made = model.generate("Once upon a time, there was a little girl named", max_new_tokens=3)
+    assert made.texts[0].startswith(" ") and model.tokenizer.decode(list(made.tokens[0])).strip() == made.texts[0].strip()

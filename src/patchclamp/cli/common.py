@@ -137,15 +137,20 @@ def print_json(body: object) -> None:
     typer.echo(json.dumps(plain(body), ensure_ascii=False, allow_nan=False))
 
 
-def print_rows(rows: Sequence[Mapping[str, object]], title: str | None = None) -> None:
+UNBROKEN = 24  # characters of a cell that are never broken over lines: names, numbers, intervals
+
+
+def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
     """A table; what is untrusted is printed as it is, never as markup."""
-    table = Table(title=title, header_style="bold", box=None, pad_edge=False, title_justify="left")
+    table = Table(header_style="bold", box=None, pad_edge=False)
     names = list(rows[0]) if rows else []
-    for name in names:
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    for number, name in enumerate(names):
         numeric = all(isinstance(row[name], int | float) or row[name] is None for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(row[name])) for name in names))
+        short = max(len(row[number]) for row in cells) <= UNBROKEN
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=short)
+    for row in cells:
+        table.add_row(*map(Text, row))
     out.print(table)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from rich.table import Table
 from rich.text import Text
 
 from patchclamp.cli.common import out, print_rows
@@ -26,7 +27,7 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
     out.print(Text(f"Baseline on {base.n} prompts: {base.metric} {shown(base.open)} open, {shown(base.closed)} closed{right}{top1}; "
                    f"most frequent answer {base.majority:.0%}"))  # fmt: skip
     if "exact" in record.scores.columns:
-        _parts(record.scores)
+        _parts(record.scores, record.fallbacks)
     if record.circuit is not None:
         names = " ".join(str(site) for site in record.circuit)
         out.print(Text.assemble(("Circuit ", "bold"), f"({len(record.circuit)} of {record.scores.height}): {names}"))
@@ -39,15 +40,17 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
     for null in record.nulls:
         out.print(Text(f"Null, {null.name}: {null.facilitating + null.interfering:.0%} of {null.parts} parts called "
                        f"facilitating or interfering ({null.raw_facilitating + null.raw_interfering:.0%} without safeguards)"))  # fmt: skip
+    claims = Table.grid(padding=(0, 2))
+    claims.add_column(justify="right", no_wrap=True)
     for claim in record.claims:
-        out.print(Text.assemble((f"{claim.verdict:>13}  ", STYLES[claim.verdict]), claim.statement))
+        claims.add_row(Text(claim.verdict, style=STYLES[claim.verdict]), Text(claim.statement))
+    out.print(claims)
     out.print(Text.assemble(("Report ", "bold"), str(report)), soft_wrap=True)  # a path in one piece can be clicked
 
 
-def _parts(scores: pl.DataFrame) -> None:
+def _parts(scores: pl.DataFrame, fallbacks: tuple[str, ...]) -> None:
     frame = scores.sort(pl.col("exact").abs(), descending=True).head(10)
-    names = {"second": "2nd fallback", "shifted": "shifted", "gradient": "gradient", "integrated": "integrated", "gate_plus": "G+",
-             "gate_minus": "G-"}  # fmt: skip
+    names = {"second": fallbacks[-1], "shifted": "shifted", "gradient": "gradient"}
     rows: list[dict[str, object]] = []
     for row in frame.iter_rows(named=True):
         shown_row: dict[str, object] = {"site": row["site"], "exact effect": _interval(row, "exact")}
@@ -56,7 +59,8 @@ def _parts(scores: pl.DataFrame) -> None:
             shown_row["role"] = row["role"]
         rows.append(shown_row)
     out.print()
-    print_rows(rows, title="Largest exact effects (open minus closed, 95 % intervals)")
+    out.print(Text(f"Largest exact effects (open minus closed under {fallbacks[0]}, 95 % intervals)", style="italic"))
+    print_rows(rows)
     if "role" in scores.columns:
         for role in ("facilitating", "interfering", "redundant", "irrelevant", "undecided"):
             sites = scores.filter(pl.col("role") == role)["site"].to_list()

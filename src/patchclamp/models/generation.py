@@ -157,8 +157,14 @@ class _Rows:
             return "stop"
         return "length"
 
+    def _text(self, prompt: tuple[int, ...], new: list[int]) -> str:
+        """New tokens as text. Decoded behind the prompt where that only adds to it: some tokenizers drop a leading blank."""
+        before = self.tokenizer.decode(list(prompt), skip_special_tokens=True)
+        both = self.tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+        return both[len(before) :] if both.startswith(before) else self.tokenizer.decode(new, skip_special_tokens=True)
+
     def done(self) -> Generation:
-        texts = () if self.tokenizer is None else tuple(self.tokenizer.decode(row, skip_special_tokens=True) for row in self.new)
+        texts = () if self.tokenizer is None else tuple(map(self._text, self.prompts, self.new))
         return Generation(
             prompts=self.prompts,
             tokens=tuple(map(tuple, self.new)),
