@@ -139,7 +139,7 @@ def curve_frame() -> pl.DataFrame:
     k = np.array([0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 45])
     value = np.array([0, 0.1, 0.34, 0.55, 0.84, 0.93, 1.04, 1.09, 1.06, 1.02, 1.0])
     low, high = value - 0.04 * (k % 45 > 0), value + 0.04 * (k % 45 > 0)
-    return pl.DataFrame({"k": k, "faithfulness": value, "low": low, "high": high, "completeness": 1 - np.minimum(value, 0.92)})
+    return pl.DataFrame({"k": k, "faithfulness": value, "low": low, "high": high, "completeness": np.minimum(value, 0.92)})
 
 
 def random_frame(random: np.random.Generator) -> pl.DataFrame:

@@ -54,7 +54,7 @@ def faithfulness_curve(
 ) -> Chart:
     """Faithfulness as parts are opened, best first, from all closed to all open, with its interval.
 
-    Random circuits of the same size are a band (2.5 to 97.5 %) and their median; completeness (what is left without the
+    Random circuits of the same size are a band (2.5 to 97.5 %) and their median; completeness (what is lost without the
     circuit) is dashed; `size` marks the chosen circuit.
     """
     rows = curve.select("k", "faithfulness", "low", "high", "completeness").to_dicts()
@@ -62,9 +62,9 @@ def faithfulness_curve(
         {"k": row["k"], "value": row["faithfulness"], "what": "the circuit", "low": row["low"], "high": row["high"]}
         for row in rows
     ]
-    left = [{"k": row["k"], "value": row["completeness"], "what": "left without it"} for row in rows]
+    left = [{"k": row["k"], "value": row["completeness"], "what": "lost without it"} for row in rows]
     chance = [] if random is None else [{**row, "what": "random circuits"} for row in _band(random).to_dicts()]
-    kinds = ["the circuit", "left without it", *(["random circuits"] if chance else [])]
+    kinds = ["the circuit", "lost without it", *(["random circuits"] if chance else [])]
     colour = alt.Color(
         "what:N", title=None, scale=alt.Scale(domain=kinds, range=[BLUE, ORANGE, QUIET][: len(kinds)]), legend=_STROKES
     )
@@ -124,10 +124,10 @@ def circuit_drawing(circuit: Circuit, scores: pl.DataFrame | None = None, width:
         shape=alt.Shape("shape:N", legend=None, scale=None),
         tooltip=tips,
     )
-    words = base.mark_text(align="left", dx=17, fontSize=11, color=INK).encode(text="site:N")
+    words = base.mark_text(dy=21, fontSize=10.5, color=INK, stroke=None).encode(text="site:N")
     rules = data(lines).mark_rule(color=QUIET, opacity=0.35, strokeWidth=1).encode(x, y, alt.X2("x2:Q"), alt.Y2("y2:Q"))
     described = f"The circuit by layer, input below: {', '.join(map(str, circuit)) or 'no part'}."
-    return styled(alt.layer(rules, marks, words), described, width, 62 * len(order))
+    return styled(alt.layer(rules, marks, words), described, width, 66 * len(order))
 
 
 def attention_pattern(patterns: Patterns, head: int, width: Width = 260) -> Chart:

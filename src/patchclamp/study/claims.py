@@ -15,9 +15,8 @@ from patchclamp.trust import Trusted
 
 def shown(interval: Interval, digits: int = 2) -> str:
     """`mean [low, high]`."""
-    if interval.low is None or interval.high is None:
-        return f"{interval.mean:.{digits}f}"
-    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+    mean, low, high = (None if x is None else f"{x:z.{digits}f}" for x in (interval.mean, interval.low, interval.high))
+    return str(mean) if low is None or high is None else f"{mean} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
