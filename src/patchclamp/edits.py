@@ -97,10 +97,13 @@ class Mix:
 
     gate: Tensor
     fallback: Tensor
+    settings: int | None = None
+    """How many settings run here, where that is not as many as in the whole pass."""
 
     def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
         gate, rows = self.gate.to(value.dtype), self.fallback.shape[0]
-        if self.fallback.dim() == value.dim() and 1 < rows < len(value) == rows * seen.settings:
+        settings = seen.settings if self.settings is None else self.settings
+        if self.fallback.dim() == value.dim() and 1 < rows < len(value) == rows * settings:
             # settings side by side: the fallback is broadcast over them, not copied for each
             gate = gate.unflatten(0, (-1, rows)) if len(gate) == len(value) else gate
             fallback = self.fallback.to(device=value.device, dtype=value.dtype)

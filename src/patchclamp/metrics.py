@@ -34,6 +34,10 @@ class Metric:
     sign: int
     per_target: Callable[[Logits, Batch, Float[Tensor, "target token"] | None], Values]
 
+    def answers_alone(self, batch: Batch) -> bool:
+        """Whether the logits of the batch's right and wrong answers are all it needs."""
+        return not self.normaliser and not self.reference and (not self.wrong or batch.wrong is not None)
+
     def __call__(
         self, logits: Logits, batch: Batch, reference: Float[Tensor, "target token"] | None = None
     ) -> Float[Tensor, "setting example"]:

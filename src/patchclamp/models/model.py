@@ -197,7 +197,7 @@ class Model:
             now.unembedded = columns if self.anatomy.keeps_logits else None
             if start.column:
                 now.ran, width = start.column, batch.tokens.shape[1]
-                now.stretches = (Stretch(0, now.ran, "prompt", 0), Stretch(now.ran, width, "prompt", 0))
+                now.stretches = (Stretch(now.ran, width, "prompt", 0),)
             return self._forward(batch, settings, columns, start)
 
     def _forward(

@@ -119,7 +119,7 @@ def _keep_shape(session: Hooks, value: Tensor) -> Tensor:
 
 
 def _with_rows(visit: Visitor, session: Hooks, value: Tensor) -> Tensor:
-    seen = value.unflatten(0, session.stash["shape"])
+    seen = value.unflatten(0, (-1, session.stash["shape"][1]))  # as many rows as run in this block
     edited = visit(seen)
     return value if untouched(edited, seen) else edited.flatten(0, 1)
 

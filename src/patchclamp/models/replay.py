@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from patchclamp.models.editing import Edits, Seen
@@ -22,49 +23,42 @@ from patchclamp.models.model import Model
 from patchclamp.models.probe import probe_tokens
 from patchclamp.models.recording import Recorder
 from patchclamp.models.scope import OPEN, still
-from patchclamp.models.standing import Start
+from patchclamp.models.standing import Start, why_every_column
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
 
-def reference(model: Model, batch: Batch, column: int, layers: bool) -> Start:
-    """What the model's own run of a batch holds from `column` on; with `layers`, the residual stream into every block too.
+def reference(model: Model, batch: Batch, inputs: bool = True, prefix: bool = True) -> Start:
+    """What the model's own run of a batch holds: the residual stream at every block, and keys and values of every column.
 
-    Cost: one forward pass over the columns before, and with `layers` one over the rest.
+    Cost: one forward pass over the batch.
     """
-    batch, start = batch.to(model.device), Start()
-    with torch.no_grad():
-        if column:
-            start = Start(column, prefix=_prefix(model, batch, column))
-        if layers:
-            sites = [Site("resid.pre", layer) for layer in range(model.layers)]
-            recorder, lengths = Recorder(model.anatomy, sites), [0] * model.layers
-            session = recorder.session()
-            with session.open():
-                for number, layer in enumerate(model.anatomy.layers):
-                    session.rewrite(layer.block, partial(_measured, lengths, number))
-                model.forward(batch, columns=torch.tensor([batch.tokens.shape[1] - 1], device=model.device), start=start)
-            start = replace(start, inputs=tuple(recorder.kept[site] for site in sites), tuples=tuple(lengths))
-    return start
+    from transformers import DynamicCache
+
+    batch = batch.to(model.device)
+    cache: Any = DynamicCache()
+    sites = [*(Site("resid.pre", layer) for layer in range(model.layers)), Site("resid.post", model.layers - 1)]
+    recorder, lengths = Recorder(model.anatomy, sites if inputs else []), [0] * model.layers
+    session = recorder.session()
+    options: dict[str, Any] = {"use_cache": True, "past_key_values": cache} if prefix else {"use_cache": False}
+    if model.anatomy.takes_positions:
+        options["position_ids"] = batch.position_ids
+    if model.anatomy.keeps_logits:
+        options["logits_to_keep"] = 1
+    with torch.no_grad(), session.open(), still(model.hf):
+        for number, layer in enumerate(model.anatomy.layers):
+            session.rewrite(layer.block, partial(_measured, lengths, number))
+        model.hf(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
+    return Start(
+        inputs=tuple(recorder.kept[site] for site in sites) if inputs else (),
+        prefix=tuple((layer.keys, layer.values) for layer in cache.layers) if prefix else (),
+        tuples=tuple(lengths),
+    )
 
 
 def _measured(lengths: list[int], number: int, output: Any) -> Any:
     lengths[number] = len(output) if isinstance(output, tuple) else 0
     return output
-
-
-def _prefix(model: Model, batch: Batch, column: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    from transformers import DynamicCache
-
-    cache: Any = DynamicCache()
-    options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
-    if model.anatomy.takes_positions:
-        options["position_ids"] = batch.position_ids[:, :column]
-    if model.anatomy.keeps_logits:
-        options["logits_to_keep"] = 1
-    with still(model.hf):
-        model.hf(input_ids=batch.tokens[:, :column], attention_mask=batch.mask[:, :column].long(), **options)
-    return tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
 _REASONS: "WeakKeyDictionary[Model, str]" = WeakKeyDictionary()
@@ -91,16 +85,25 @@ def _negated(value: Tensor, seen: Seen, /) -> Tensor:
 
 
 def _disproof(model: Model) -> str:
-    last = model.layers - 1
-    batch = token_batch(probe_tokens(model.anatomy))
+    last, batch = model.layers - 1, token_batch(probe_tokens(model.anatomy))
     edits: Edits = {Site("z", last): _halved, Site("mlp.write", last): _negated}
+    wanted = torch.tensor([3, 4], device=model.device)
     try:
         with torch.no_grad():
-            plain = model.forward(batch, edits)[:, 2:]
-            start = reference(model, batch, 2, layers=True)
-            whole, part = (model.forward(batch, edits, start=start.at(layer)) for layer in (0, last))
+            plain = model.forward(batch, edits)[:, 3:].repeat(3, 1, 1)
+            kept, found = reference(model, batch), list[Tensor]()
+            for column in (0, 2):
+                start = kept.rising(column, [0, last, last])
+                found.append(model.forward(batch, edits, settings=3, start=start)[:, 3 - column :])
+                start = trimmed(model, kept, wanted).rising(column, [0, 0, last])
+                found.append(model.forward(batch, edits, settings=3, columns=wanted, start=start))
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     allowed = rounding(plain.dtype) * float(plain.abs().max().clamp(min=1))
-    worst = max(float((other - plain).abs().max()) for other in (whole, part))
+    worst = max(float((other - plain).abs().max()) for other in found)
     return "" if worst <= allowed else f"logits differ by {worst:.1e}, where rounding allows {allowed:.1e}"
+
+
+def trimmed(model: Model, start: Start, wanted: Int[Tensor, " column"]) -> Start:
+    """The same start, where behind the last block's attention only the wanted columns are computed, if the model allows it."""
+    return start if why_every_column(model.anatomy) else replace(start, wanted=wanted)

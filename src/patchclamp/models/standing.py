@@ -1,6 +1,6 @@
-"""Where a run starts: blocks that are passed through, and columns whose keys and values are known."""
+"""Where runs start: blocks that settings pass by, columns whose keys and values are known, and what nobody will look at."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -8,38 +8,60 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.held import HOLDER, Undo
+from patchclamp.sites import Site
 
-StandIn = Callable[[Tensor], Any]  # from the input that a block is called with to what it would have given
+StandIn = Callable[..., Any]  # of a module's own forward and what it is called with
 STANDING: ContextVar[Mapping[int, StandIn]] = ContextVar("patchclamp_standing", default=MappingProxyType({}))
-"""By id of a block: what this thread computes in its place."""
+"""By id of a module: what this thread computes in its place."""
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where a run starts, and what the model's own run held there.
+    """Where the settings of a run start, and what the model's own run holds there.
+
+    Settings stand in the order of their first block. At block l the first `counts[l]` of them run; those that start at l + 1
+    join behind it, with what the model's own run gives to block l + 1. So every block runs once for all settings that are
+    below it, and none for a setting that has not started.
 
     Args:
         column: first column that runs.
-        layer: first block that runs.
-        inputs: by block, [row, column, width], the residual stream into it at the columns that run; empty where only columns
-            are left out.
-        prefix: by block, keys and values [row, kv head, column, width] of the columns before.
+        counts: by block, and behind the last one: how many settings run there. Empty: all of them everywhere.
+        inputs: by block, and behind the last one: [row, position, width], the residual stream there in the model's own run.
+        prefix: by block, keys and values [row, kv head, position, width] of every column.
         tuples: by block, how long a tuple it gives; 0 for a tensor.
+        wanted: the columns that anything is asked of behind the last block; None: all of them.
+        tokens: the tokens whose logits are computed, in this order; None: all of them.
     """
 
     column: int = 0
-    layer: int = 0
+    counts: tuple[int, ...] = ()
     inputs: tuple[Tensor, ...] = ()
     prefix: tuple[tuple[Tensor, Tensor], ...] = ()
     tuples: tuple[int, ...] = ()
+    wanted: Int[Tensor, " column"] | None = None
+    tokens: Int[Tensor, " token"] | None = None
 
-    def at(self, layer: int) -> "Start":
-        """The same columns from another block on."""
-        return replace(self, layer=layer)
+    def rising(self, column: int, firsts: Sequence[int]) -> "Start":
+        """The same for settings whose first blocks are `firsts` (in rising order) and whose first column is `column`."""
+        wanted = None if self.wanted is None else self.wanted - column
+        if not self.inputs:
+            return replace(self, column=column, wanted=wanted)
+        counts = tuple(sum(first <= layer for first in firsts) for layer in range(len(self.inputs)))
+        return replace(self, column=column, counts=counts, wanted=wanted)
+
+    def settings_at(self, place: Site, settings: int) -> int:
+        """How many of the settings run where a place's value is computed."""
+        if not self.counts or place.layer is None:
+            return settings
+        if place.kind == "resid.post":
+            return self.counts[place.layer + 1]
+        return settings if (place.layer, place.kind) == (0, "resid.pre") else self.counts[place.layer]
 
     def options(self, settings: int) -> dict[str, Any]:
         """What a forward call of `settings` copies of the rows needs beside its columns."""
@@ -49,51 +71,101 @@ class Start:
 
         cache = DynamicCache()  # without a configuration it keeps every column, also of sliding windows: masks do the rest
         for layer, pair in enumerate(self.prefix):
-            keys, values = (kept.expand(settings, *kept.shape).flatten(0, 1) for kept in pair)
+            count = max(1, self.counts[layer]) if self.counts else settings
+            keys, values = (_copies(kept[:, :, : self.column], count) for kept in pair)
             cache.update(keys, values, layer)
         return {"use_cache": True, "past_key_values": cache}
 
     @contextmanager
     def standing(self, anatomy: Anatomy, settings: int) -> Generator[None]:
-        """While open, in this thread, blocks before `layer` are passed through; the last of them gives what goes into `layer`."""
-        if not self.layer:
-            yield
-            return
-        blocks = [layer.block for layer in anatomy.layers[: self.layer]]
-        given = self.inputs[self.layer]
-        value = given.expand(settings, *given.shape).flatten(0, 1)
-        stand_ins: dict[int, StandIn] = {
-            id(block): partial(_stand_in, value if block is blocks[-1] else None, length)
-            for block, length in zip(blocks, self.tuples, strict=False)
-        }
+        """While open, in this thread, the model computes what this start leaves to compute, and nothing else."""
+        instead: dict[nn.Module, StandIn] = {}
+        if self.counts and self.counts[0] < settings:
+            instead |= {layer.block: partial(self._block, number, settings) for number, layer in enumerate(anatomy.layers)}
+        last = anatomy.layers[-1]
+        if self.wanted is not None:
+            instead |= dict.fromkeys([last.output] if last.output is last.mlp else [last.output, last.mlp], self._only_wanted)
+        if self.tokens is not None:
+            instead[anatomy.unembed] = partial(self._only_tokens, anatomy.unembed)
         with ExitStack() as stack:
-            for block in blocks:
-                stack.enter_context(HOLDER.hold(("stand in", id(block)), partial(_replaceable, block)))
-            stack.callback(STANDING.reset, STANDING.set(stand_ins))
+            for module in instead:
+                stack.enter_context(HOLDER.hold(("stand in", id(module)), partial(_replaceable, module)))
+            stack.callback(STANDING.reset, STANDING.set({id(module): one for module, one in instead.items()}))
             yield
 
+    def _block(self, number: int, settings: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        running, joining = self.counts[number], self.counts[number + 1] - self.counts[number]
+        value: Tensor = args[0] if args else kwargs["hidden_states"]
+        rows = len(self.inputs[0])
+        output: Any = value
+        if running:
+            cut = partial(_leading, running * rows, settings * rows)
+            output = own(*map(cut, args), **{name: cut(given) for name, given in kwargs.items()})
+        kept = output[0] if isinstance(output, tuple) else output
+        if joining:
+            fresh = _copies(self.inputs[number + 1][:, self.column :], joining)
+            kept = torch.cat([kept, fresh]) if running else fresh
+        if isinstance(output, tuple):
+            return (kept, *output[1:])
+        return (kept, *[None] * (self.tuples[number] - 1)) if self.tuples[number] and not running else kept
 
-def _stand_in(instead: Tensor | None, length: int, value: Tensor) -> Any:
-    value = value if instead is None else instead
-    return (value, *[None] * (length - 1)) if length else value
+    def _only_wanted(self, own: Callable[..., Any], value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A module that treats every position by itself, run at the wanted columns; zero elsewhere."""
+        assert self.wanted is not None
+        if value.dim() != 3:
+            return own(value, *args, **kwargs)
+        some = own(value[:, self.wanted], *args, **kwargs)
+        return some.new_zeros(*value.shape[:2], some.shape[-1]).index_copy(1, self.wanted, some)
+
+    def _only_tokens(self, module: Any, _: Callable[..., Any], value: Tensor) -> Tensor:
+        bias = None if module.bias is None else module.bias[self.tokens]
+        return nn.functional.linear(value, module.weight[self.tokens], bias)
 
 
-def _replaceable(block: nn.Module) -> Undo:
-    """Let threads put something in the block's place."""
-    own, shadowed = block.forward, "forward" in vars(block)
+def why_whole_vocabulary(anatomy: Anatomy) -> str:
+    """Why the logits of some tokens cannot be computed alone, or nothing where they can."""
+    unembed = anatomy.unembed
+    if type(unembed) is not nn.Linear:
+        return f"the unembedding is a {type(unembed).__name__}"
+    if "_hf_hook" in vars(unembed):
+        return "accelerate moves the unembedding"
+    return ""
+
+
+def why_every_column(anatomy: Anatomy) -> str:
+    """Why the last block's MLP and output projection run at every column, or nothing where they need not."""
+    if anatomy.family.flat_mlp or anatomy.layers[-1].router is not None:
+        return "its MLP sees rows and columns as one"
+    return ""
+
+
+def _copies(value: Tensor, count: int) -> Tensor:
+    return value if count == 1 else value.expand(count, *value.shape).flatten(0, 1)
+
+
+def _leading(rows: int, total: int, given: Any) -> Any:
+    """The leading rows of whatever has all rows: a mask, rotary embeddings, position ids, a bias by row and head."""
+    if isinstance(given, tuple | list):
+        return type(given)(_leading(rows, total, one) for one in given)
+    if not isinstance(given, Tensor) or given.dim() < 2 or len(given) < total or len(given) % total:
+        return given
+    return given[: rows * (len(given) // total)]
+
+
+def _replaceable(module: nn.Module) -> Undo:
+    """Let threads put something in the module's place."""
+    own, shadowed = module.forward, "forward" in vars(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        stand_in = STANDING.get().get(id(block))
-        if stand_in is None:
-            return own(*args, **kwargs)
-        return stand_in(args[0] if args else kwargs["hidden_states"])
+        stand_in = STANDING.get().get(id(module))
+        return own(*args, **kwargs) if stand_in is None else stand_in(own, *args, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    module.forward = forward  # type: ignore[method-assign]
 
     def undo() -> None:
         if shadowed:
-            block.forward = own  # type: ignore[method-assign]
+            module.forward = own  # type: ignore[method-assign]
         else:
-            del block.forward
+            del module.forward
 
     return undo

@@ -7,6 +7,7 @@ A part has a gate: open (1) it passes its value, closed (0) a fallback, between 
 from patchclamp.parts.benefits import benefits
 from patchclamp.parts.contract import Gates, Parts
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback
+from patchclamp.parts.gated import Gated, gated
 from patchclamp.parts.nodes import Nodes, nodes
 
-__all__ = ["FALLBACKS", "Fallback", "Gates", "Nodes", "Parts", "benefits", "nodes"]
+__all__ = ["FALLBACKS", "Fallback", "Gated", "Gates", "Nodes", "Parts", "benefits", "gated", "nodes"]

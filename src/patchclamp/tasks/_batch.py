@@ -54,6 +54,14 @@ class Batch:
             raise TaskError("denoising runs the corrupt prompts, and this batch has none: give pairs with 'corrupt'")
         return replace(self, tokens=self.corrupt, corrupt=self.tokens)
 
+    def numbered(self) -> tuple[Int[Tensor, " token"], "Batch"]:
+        """The tokens that are right or wrong answers, and the batch with its answers given by their places among these."""
+        given = [self.answers] if self.wrong is None else [self.answers, self.wrong]
+        tokens = torch.cat([one.flatten() for one in given]).unique()
+        tokens = tokens[tokens >= 0]
+        places = [torch.where(one < 0, one, torch.searchsorted(tokens, one.clamp(min=0))) for one in given]
+        return tokens, replace(self, answers=places[0], wrong=None if self.wrong is None else places[1])
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device (itself, where it is there already)."""
         if self.tokens.device == torch.device(device):

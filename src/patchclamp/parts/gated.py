@@ -1,0 +1,403 @@
+"""Gated sites: parts of any kind, each with a gate on what its site holds. Everything that measures goes through here."""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchclamp.edits import Mix
+from patchclamp.errors import GateError, SiteError
+from patchclamp.metrics import Metric, metric_named
+from patchclamp.models.editing import Edits
+from patchclamp.models.model import Model
+from patchclamp.models.recording import Recorder
+from patchclamp.models.replay import reference, trimmed, why_plain
+from patchclamp.models.standing import Start, why_whole_vocabulary
+from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
+from patchclamp.sites import KINDS, Site, select
+from patchclamp.tasks import Examples
+from patchclamp.tasks._batch import Batch
+
+MEMORY = 1 << 30
+"""Bytes that the activations of one folded pass may take."""
+BY_HEAD = ("scores", "pattern")  # [row, head, query, key]; all others are [row, position, ...]
+WHOLE = ("k", "v")  # under a cache, what attention reads is every column
+
+
+def acts_on(site: Site) -> Site:
+    """The whole-layer site that a part's gate acts on: a head's is z, an MLP's what it adds to the residual stream."""
+    if site.kind == "head":
+        return Site("z", site.layer)
+    return Site("mlp.write", site.layer) if site.kind == "mlp" and site.index is None else replace(site.place, position=None)
+
+
+def gated(model: Model, sites: Sequence[Site | str], positions: Sequence[int | str] = (), memory: int = MEMORY) -> "Gated":
+    """Any writable sites as parts, each with a gate: `gated(model, ["L*.resid.post", "L3.h*.q"], positions=["subject", -1])`.
+
+    Args:
+        model: the model.
+        sites: sites or patterns. `L3.h*.q`, `L*.mlp` or `L2.mlp.n*` are a part each; a whole-layer site is one part.
+        positions: a part per position or named span instead of one for all positions.
+        memory: bytes that one folded pass may take.
+
+    Raises:
+        SiteError: a pattern that fits nothing, or a site that cannot be written.
+    """
+    wanted = [str(site) for site in sites]
+    chosen = select(wanted, [*model.sites, *_units_of(model, wanted)])
+    for site in chosen:
+        if not KINDS[acts_on(site).kind].writable:
+            raise SiteError(f"{site} can be read but not written, so it can have no gate")
+    each = [site.at(position) for site in chosen for position in positions] if positions else chosen
+    return Gated(model, each, memory)
+
+
+def _units_of(model: Model, patterns: Sequence[str]) -> list[Site]:
+    """Single neurons and experts, which no list of sites names, where a pattern asks for any."""
+    found: list[Site] = []
+    for kind, mark in (("neuron", ".n"), ("expert", ".e")):
+        if any(f"mlp{mark}" in pattern for pattern in patterns):
+            for layer, sizes in enumerate(model.anatomy.sizes):
+                count = (sizes.neurons if kind == "neuron" else sizes.experts) or 0
+                found += [] if model.anatomy.why_not(Site(kind, layer)) else [Site(kind, layer, one) for one in range(count)]
+    return found
+
+
+class Gated:
+    """`Parts` on any writable sites; make with `gated` or `nodes`."""
+
+    def __init__(self, model: Model, labels: Sequence[Site], memory: int = MEMORY):
+        self.model, self.memory = model, memory
+        self.labels: tuple[Site, ...] = tuple(labels)
+        self.counted: tuple[int, ...] = tuple(number for number, site in enumerate(self.labels) if site.kind != "embed")
+        """All but the embedding."""
+        self.by_place: dict[Site, list[int]] = {}
+        for number, site in enumerate(self.labels):
+            self.by_place.setdefault(acts_on(site), []).append(number)
+
+    @cached_property
+    def index(self) -> dict[Site, int]:
+        """Where each label's gate is."""
+        return {site: number for number, site in enumerate(self.labels)}
+
+    @cached_property
+    def places(self) -> tuple[Site, ...]:
+        """Whole-layer sites on which the gates act, in forward order."""
+        return tuple(sorted(self.by_place))
+
+    def __repr__(self) -> str:
+        return f"Gated({self.model.name!r}: {len(self.counted)} parts, {self.labels[0]} to {self.labels[-1]})"
+
+    def on(self, model: Model) -> "Gated":
+        """The same parts of another model of the same anatomy."""
+        other = copy(self)
+        other.model = model
+        return other
+
+    def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
+        """Gates of 1."""
+        return torch.ones(settings, 1, 1, len(self.labels), device=self.model.device)
+
+    def closed(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
+        """Gates of 0, the embedding open."""
+        gates = self.open(settings)
+        gates[..., list(self.counted)] = 0
+        return gates
+
+    def only(self, sites: Sequence[Site], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
+        """Gates open for `sites` (and the embedding), closed for the rest: a circuit."""
+        gates = self.closed(settings)
+        for site in sites:
+            gates[..., self._find(site)] = 1
+        return gates
+
+    def without(self, sites: Sequence[Site], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
+        """Gates closed for `sites`, open for the rest."""
+        gates = self.open(settings)
+        for site in sites:
+            gates[..., self._find(site)] = 0
+        return gates
+
+    def _check(self, gates: Tensor, batch: Batch | None) -> None:
+        if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
+            raise GateError(
+                f"gates are [setting, example, position, part] with {len(self.labels)} parts, not {tuple(gates.shape)}"
+            )
+        if batch is not None and gates.shape[1] not in (1, len(batch)):
+            raise GateError(f"gates for {gates.shape[1]} examples were given, and the batch has {len(batch)}")
+        if batch is not None and gates.shape[2] not in (1, batch.tokens.shape[1]):
+            raise GateError(f"gates for {gates.shape[2]} columns were given, and the batch has {batch.tokens.shape[1]}")
+
+    def _find(self, site: Site) -> int:
+        if site not in self.index:
+            raise GateError(
+                f"{site} is not among the {len(self.labels)} parts ({self.labels[min(1, len(self.labels) - 1)]}, ... {self.labels[-1]})"
+            )
+        return self.index[site]
+
+    def record(self, batch: Batch) -> Values:
+        """What the places hold when the batch runs."""
+        batch = batch.to(self.model.device)
+        recorder = Recorder(self.model.anatomy, self.places)
+        with torch.no_grad(), recorder.session().open():
+            self.model.forward(batch, columns=torch.zeros(1, dtype=torch.long, device=self.model.device))
+        return dict(recorder.kept)
+
+    def fallback(self, kind: str, fit: Examples | None = None) -> Fallback:
+        """The rule called `kind`: resample, mean (learned on `fit`), zero.
+
+        Raises:
+            GateError: no such rule, or mean without a fit set.
+        """
+        if kind == "zero":
+            return Zero(self.places, self.model.device)
+        if kind == "resample":
+            return Resample(self.record)
+        if kind.partition(":")[0] == "mean":
+            if fit is None or len(fit) == 0:
+                raise GateError("the fallback 'mean' is learned: give the fit set, fit=")
+            return learn_mean(self.record, fit, by=kind.partition(":")[2] or None)
+        raise GateError(f"there is no fallback {kind!r}: choose from {', '.join(FALLBACKS)} (mean:position, mean:span, mean:all)")
+
+    def edits(
+        self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None = None
+    ) -> Edits:
+        """Gates as one `Mix` per place; places whose gates are all 1 get none (unless the gates want gradients).
+
+        Raises:
+            GateError: shapes that do not fit, or a fallback that has no value without a batch.
+        """
+        self._check(gates, batch)
+        return self._edits(gates, fallback, batch, Start())
+
+    def _edits(
+        self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None, start: Start
+    ) -> Edits:
+        """`edits` for runs from `start` on, whose settings are in its order."""
+        if batch is None and (gates.shape[1] > 1 or any(site.position is not None for site in self.labels)):
+            raise GateError("gates per example or position need the batch")
+        rows = gates if batch is None else expand_to_rows(gates, batch)
+        moved: dict[Site, Tensor] = {}
+        for place in self.places:
+            mine = rows[: start.settings_at(place, len(gates))][..., self.by_place[place]]
+            if mine.requires_grad or bool((mine != 1).any()):
+                moved[place] = mine
+        if not moved:
+            return {}
+        values = fallback.at(batch)
+        return {place: self._mix(place, mine, values[place], batch, start.column) for place, mine in moved.items()}
+
+    def _mix(
+        self,
+        place: Site,
+        gates: Float[Tensor, "setting row #position gate"],
+        value: Tensor,
+        batch: Batch | None,
+        column: int,
+    ) -> Mix:
+        sites, settings = [self.labels[number] for number in self.by_place[place]], len(gates)
+        by_head, whole = place.kind in BY_HEAD, place.kind in WHOLE
+        gate = self._units(sites, self._spread(sites, gates, batch))
+        if not whole:
+            gate = gate[:, :, column:] if gate.shape[2] > 1 else gate
+            axis = 2 if by_head else 1
+            if value.dim() > axis and value.shape[axis] > 1:
+                value = value.narrow(axis, column, value.shape[axis] - column)
+        gate = gate.flatten(0, 1)
+        if by_head:
+            gate = gate.transpose(1, 2)[..., None]
+        elif place.kind in ("q", "k", "v", "z"):
+            gate = gate[..., None]
+        return Mix(gate, value, settings)
+
+    def _spread(
+        self, sites: Sequence[Site], gates: Float[Tensor, "setting row #position gate"], batch: Batch | None
+    ) -> Float[Tensor, "setting row #position unit"]:
+        """Gates of parts at positions as gates at every column (1 where no part stands), one per unit."""
+        places: dict[int | str | None, list[int]] = {}
+        for number, site in enumerate(sites):
+            places.setdefault(site.position, []).append(number)
+        if set(places) == {None}:
+            return gates
+        assert batch is not None  # edits() has checked
+        units = sorted({site.index for site in sites}, key=lambda index: -1 if index is None else index)
+        if any([sites[number].index for number in numbers] != units for numbers in places.values()):
+            raise GateError("parts at one place must have the same positions each")
+        spread: Tensor | None = None
+        for position, numbers in places.items():
+            split = gates[..., numbers]
+            if not split.requires_grad and bool((split == 1).all()):
+                continue
+            if position is not None:
+                where = batch.columns(position).to(gates.device)[None, :, :, None]
+                split = torch.where(where, split, torch.ones_like(split))
+            spread = split if spread is None else spread * split
+        return torch.ones_like(gates[..., : len(units)]) if spread is None else spread
+
+    def _units(
+        self, sites: Sequence[Site], gates: Float[Tensor, "setting row #position gate"]
+    ) -> Float[Tensor, "setting row #position unit"]:
+        """Gates of some units of a place as gates of all of them."""
+        units = list(dict.fromkeys(site.index for site in sites))
+        place = acts_on(sites[0])
+        if units == [None] or place.layer is None:
+            return gates
+        total = self._count(place)
+        if units == list(range(total)):
+            return gates
+        full = torch.ones(*gates.shape[:3], total, device=gates.device, dtype=gates.dtype)
+        return full.index_copy(3, torch.tensor(units, device=gates.device), gates)
+
+    def _count(self, place: Site) -> int:
+        assert place.layer is not None
+        sizes = self.model.anatomy.sizes[place.layer]
+        if place.kind in ("k", "v"):
+            return sizes.kv_heads
+        counts = {"neuron": sizes.neurons, "expert": sizes.experts, "router": sizes.experts}
+        return counts.get(place.kind, sizes.heads) or 0
+
+    def measure(
+        self,
+        batch: Batch,
+        gates: Float[Tensor, "setting #example #position part"],
+        fallback: Fallback,
+        metric: Metric | None = None,
+    ) -> Float[Tensor, "setting example"]:
+        """The metric for each setting and example, in float32 or wider, without gradient.
+
+        Settings are folded into the rows, as many as `memory` allows at once. Each starts at the first block and column at
+        which it differs from the model itself (`models.replay`); where the metric asks for a few tokens' logits alone, only
+        these are computed.
+
+        Cost: per setting, one forward pass over the batch from there on; one pass for the model itself; what the fallback
+        costs (once per batch).
+        """
+        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
+        self._check(gates, batch)
+        with torch.no_grad():
+            firsts, columns = self._firsts(gates, fallback, batch)
+            out, moved = dict[int, Tensor](), [number for number, first in enumerate(firsts) if first is not None]
+            itself = self.model.target_logits(batch) if metric.reference or len(moved) < len(gates) else None
+            plain = itself[0] if metric.reference and itself is not None else None
+            if itself is not None:
+                out = dict.fromkeys(set(range(len(gates))) - set(moved), metric(itself, batch, plain)[0])
+            start, asked = self._start(batch, metric, [firsts[number] or 0 for number in moved], [columns[n] for n in moved])
+            for column in sorted({columns[number] for number in moved}) if start.prefix else [0]:
+                together = [number for number in moved if not start.prefix or columns[number] == column]
+                together.sort(key=lambda number: firsts[number] or 0)
+                for chunk in _chunks(together, self.fold(batch, column=column)):
+                    here = start.rising(column, [firsts[number] or 0 for number in chunk])
+                    edits = self._edits(gates[chunk], fallback, batch, here)
+                    logits = self.model.target_logits(batch, edits, len(chunk), here)
+                    out |= zip(chunk, metric(logits, asked, plain), strict=True)
+        return torch.stack([out[number] for number in range(len(gates))])
+
+    def _firsts(self, gates: Tensor, fallback: Fallback, batch: Batch) -> tuple[list[int | None], list[int]]:
+        """By setting, the first block (None: all gates are open) and the first column at which it differs from the model."""
+        blocks = torch.tensor([self._first_block(site) for site in self.labels])
+        since, last = fallback.since(batch), int(batch.target_position.min())
+        starts = {site.position: since for site in self.labels}
+        for position in set(starts) - {None}:
+            assert position is not None
+            covered = batch.columns(position).any(0)
+            starts[position] = max(since, int(covered.int().argmax())) if bool(covered.any()) else last
+        at = torch.tensor([starts[site.position] for site in self.labels])
+        closed = (gates != 1).flatten(1, 2).any(1).cpu()
+        never = self.model.layers + 1
+        first = torch.where(closed, blocks, never).amin(1).tolist()
+        column = torch.where(closed, at, batch.tokens.shape[1]).amin(1).clamp(max=last).tolist()
+        short = batch.tokens.shape[1]  # keys and values of few columns cost more than they spare
+        return [None if one == never else one for one in first], [0 if 4 * one < short else one for one in column]
+
+    def _first_block(self, site: Site) -> int:
+        place = acts_on(site)
+        if place.layer is None:
+            return 0 if place.kind == "embed" else self.model.layers
+        return place.layer + (place.kind == "resid.post")
+
+    def _start(self, batch: Batch, metric: Metric, firsts: list[int], columns: list[int]) -> tuple[Start, Batch]:
+        """Where runs may start, with what the model's own run holds there; and the batch, its tokens numbered as in the logits."""
+        asked, start = batch, Start()
+        if len(firsts) < 2 or not (any(firsts) or any(columns)) or why_plain(self.model):
+            return start, asked
+        start = reference(self.model, batch, inputs=any(firsts), prefix=any(columns))
+        if not any(site.kind in ("neuron", "router", "expert") for site in self.labels):
+            start = trimmed(self.model, start, batch.target_position.unique())
+        if metric.answers_alone(batch) and Site("logits") not in self.by_place and not why_whole_vocabulary(self.model.anatomy):
+            tokens, asked = batch.numbered()
+            start = replace(start, tokens=tokens)
+        return start, asked
+
+    def gradient(
+        self,
+        batch: Batch,
+        gates: Float[Tensor, "setting #example #position part"],
+        fallback: Fallback,
+        metric: Metric | None = None,
+    ) -> tuple[Float[Tensor, "setting example"], Float[Tensor, "setting example *position part"]]:
+        """The metric and its slope in every gate, per example.
+
+        Returns:
+            values [setting, example] and slopes [setting, example, part]; where gates differ by position, slopes have that axis
+            too. Gates that are shared over examples or positions get each example's own slope, summed over positions.
+
+        Cost: one forward and one backward pass over the batch per setting, from the first column at which the fallback differs
+        from the model itself. Only gates require gradients: weights never do.
+        """
+        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
+        values: list[Tensor] = []
+        slopes: list[Tensor] = []
+        with frozen(self.model), torch.no_grad():
+            plain = self.model.target_logits(batch)[0] if metric.reference else None
+            start = self._behind(batch, fallback)
+            for some in gates.split(self.fold(batch, backward=True)):
+                with torch.enable_grad():
+                    leaf = some.detach().expand(-1, len(batch), -1, -1).clone().requires_grad_()
+                    edits = self._edits(leaf, fallback, batch, start)
+                    logits = self.model.target_logits(batch, edits, len(some), start)
+                    value = metric(logits, batch, plain)
+                    (slope,) = torch.autograd.grad(value.sum(), leaf)
+                values.append(value.detach())
+                slopes.append(slope.squeeze(2) if slope.shape[2] == 1 else slope)
+        return torch.cat(values), torch.cat(slopes)
+
+    def _behind(self, batch: Batch, fallback: Fallback) -> Start:
+        """The start at the first column at which any gate can make a difference."""
+        column = min(fallback.since(batch), int(batch.target_position.min()))
+        if 4 * column < batch.tokens.shape[1] or why_plain(self.model):
+            return Start()
+        return reference(self.model, batch, inputs=False).rising(column, [])
+
+    def fold(self, batch: Batch, backward: bool = False, column: int = 0) -> int:
+        """How many settings run at once: as many as `memory` allows."""
+        anatomy, width = self.model.anatomy, self.model.width
+        rows, length = batch.tokens.shape
+        size = max(size.heads * size.head_width for size in anatomy.sizes)
+        neurons = max((size.neurons or 4 * width) for size in anatomy.sizes)
+        heads = max(size.heads for size in anatomy.sizes)
+        per_layer = 8 * width + 4 * size + 3 * neurons + 3 * heads * length
+        per_token = per_layer * (len(anatomy.sizes) if backward else 2)
+        vocabulary = int(anatomy.config.vocab_size) * len(batch.target_row) * 3
+        return max(1, self.memory // (4 * (rows * (length - column) * per_token + vocabulary)))
+
+
+def _chunks(numbers: list[int], size: int) -> list[list[int]]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+@contextmanager
+def frozen(model: Model) -> Generator[None]:
+    """No weight requires a gradient while this is open; what did before does again after it."""
+    wanted = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
