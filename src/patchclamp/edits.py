@@ -9,6 +9,7 @@ from torch import Tensor
 
 from patchclamp.errors import GateError
 from patchclamp.models.editing import Seen
+from patchclamp.sites import Site
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,16 @@ class Mix:
             # settings side by side: the fallback is broadcast over them, not copied for each
             gate = gate.unflatten(0, (-1, rows)) if len(gate) == len(value) else gate
             fallback = self.fallback.to(device=value.device, dtype=value.dtype)
-            return torch.lerp(fallback, value.unflatten(0, (-1, rows)), gate).flatten(0, 1)
-        return torch.lerp(_fit(self.fallback, value, seen).expand_as(value), value, gate)
+            return _between(fallback, value.unflatten(0, (-1, rows)), gate, seen.site).flatten(0, 1)
+        return _between(_fit(self.fallback, value, seen).expand_as(value), value, gate, seen.site)
+
+
+def _between(fallback: Tensor, value: Tensor, gate: Tensor, site: Site) -> Tensor:
+    """lerp; of scores, what is masked (minus infinity on both sides) stays masked."""
+    if site.kind != "scores":
+        return torch.lerp(fallback, value, gate)
+    same = fallback == value
+    return torch.where(same, value, torch.lerp(fallback.masked_fill(same, 0), value.masked_fill(same, 0), gate))
 
 
 def _fit(replacement: Tensor, value: Tensor, seen: Seen) -> Tensor:

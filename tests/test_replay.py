@@ -1,0 +1,104 @@
+"""Conformance of replay: gates on any site of any family, from the middle of the model, equal whole runs one by one."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases import CONFIGS, tiny
+from patchclamp.errors import SiteError
+from patchclamp.metrics import METRICS
+from patchclamp.models.model import Model
+from patchclamp.models.replay import why_plain
+from patchclamp.parts import Gated, gated, nodes
+from patchclamp.sites import KINDS, Site
+from test_parts import examples, plainly
+
+KIND = ["resid.pre", "resid.mid", "resid.post", "attn", "attn.write", "mlp.write", "head", "mlp", "z", "q", "k", "v", "scores",
+        "pattern", "neuron"]  # fmt: skip
+
+
+@cache
+def model_of(name: str) -> Model:
+    return Model.load(tiny(name))
+
+
+def parts_at(model: Model, kind: str, positions: tuple[int | str, ...]) -> Gated | None:
+    """Parts of one kind in every layer, or None where the model has none."""
+    patterns = {"head": "L*.h*", "mlp": "L*.mlp", "neuron": "L*.mlp.n*"}
+    pattern = patterns.get(kind, f"L*.h*.{kind}" if kind in ("q", "z", "scores", "pattern") else f"L*.{kind}")
+    pattern = f"L*.kv*.{kind}" if kind in ("k", "v") else pattern
+    try:
+        return gated(model, [pattern], positions)
+    except SiteError:
+        return None
+
+
+@given(
+    name=st.sampled_from(list(CONFIGS)), kind=st.sampled_from(KIND), data=st.data(), seed=st.integers(0, 99),
+    fallback=st.sampled_from(["resample", "zero"]), positions=st.sampled_from([(), ("end",), (3, 4), ("fact", "end")]),
+)  # fmt: skip
+@settings(max_examples=250)
+def test_every_site_of_every_family_from_the_middle(
+    name: str, kind: str, data: st.DataObject, seed: int, fallback: str, positions: tuple[int | str, ...]
+):
+    """Tolerance: float32 sums in another order, 1e-5 of the largest logit."""
+    model = model_of(name)
+    assert why_plain(model) == ""
+    parts = parts_at(model, kind, positions)
+    if parts is None:
+        return
+    batch = examples(3, lengths=data.draw(st.sampled_from([(7,), (7, 5)])), seed=seed).batch()
+    draw = torch.Generator().manual_seed(seed)
+    count = data.draw(st.integers(2, 5))
+    gates = parts.open(count)
+    for number in range(count):
+        several = torch.randint(0, gates.shape[-1], (1 + number % 3,), generator=draw)
+        gates[number, ..., several] = float(torch.randint(0, 2, (1,), generator=draw)) / 2
+    rule = parts.fallback(fallback)
+    with torch.no_grad():
+        expected = plainly(parts, batch, gates, rule)
+    scale = max(1.0, float(model.target_logits(batch).detach().abs().max()))
+    parts.memory = data.draw(st.sampled_from([1, 1 << 30]))  # one at a time, or all at once
+    torch.testing.assert_close(parts.measure(batch, gates, rule), expected, atol=1e-5 * scale, rtol=0)
+
+
+def test_every_metric_from_the_middle():
+    model = model_of("llama")
+    parts, batch = nodes(model), examples(4, lengths=(7, 5)).batch()
+    gates, fallback = 1 - torch.eye(len(parts.labels))[:, None, None], parts.fallback("resample")
+    reference = model.target_logits(batch).detach()[0]
+    with torch.no_grad():
+        logits = [model.target_logits(batch, parts.edits(one[None], fallback, batch)) for one in gates]
+    for metric in METRICS.values():
+        expected = torch.cat([metric(one, batch, reference) for one in logits])
+        torch.testing.assert_close(parts.measure(batch, gates, fallback, metric), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_windows_of_layers_are_settings():
+    """Several gates closed at once, across layers and positions: what causal tracing slides over the depth."""
+    model = model_of("qwen3")
+    parts, batch = gated(model, ["L*.mlp.write", "L*.attn.write"], positions=("fact", "end")), examples(3).batch()
+    fallback = parts.fallback("resample")
+    gates = parts.open(4)
+    for number in range(4):
+        gates[number, ..., number : number + 3] = 0
+    with torch.no_grad():
+        expected = plainly(parts, batch, gates, fallback)
+    torch.testing.assert_close(parts.measure(batch, gates, fallback), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_can_have_no_gate():
+    model = model_of("gpt2")
+    with pytest.raises(SiteError, match="fits none"):
+        gated(model, ["L7.h9.q"])
+    assert all(not KINDS[site.kind].writable for site in model.sites if site.kind == "write")
+    with pytest.raises(SiteError, match="written"):
+        gated(model, ["L0.h0.write"])
+
+
+def test_a_neuron_is_a_part():
+    parts = gated(model_of("gpt2"), ["L1.mlp.n3", "L1.mlp.n5"])
+    assert parts.labels == (Site("neuron", 1, 3), Site("neuron", 1, 5)) and parts.counted == (0, 1)
