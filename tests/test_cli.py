@@ -144,12 +144,28 @@ def test_bad_input_is_said_and_leaves_nothing(cli: Cli, saved: Path, tmp_path: P
         (("map", saved, saved / "pairs.jsonl", "--faithfulness", 3), "from 0 to 1"),
         (("map", saved, saved / "pairs.jsonl", "--option", "nonsense"), "key=value"),
         (("map", saved), "no TASK was given"),
+        (("map", saved, saved / "pairs.jsonl", "--method", "foo"), "there is no method 'foo'"),
+        (("map", saved, saved / "pairs.jsonl", "--second", "resample"), "another than the first"),
+        (("map", saved, saved / "pairs.jsonl", "--seed", -1), "0 or more"),
+        (("map", saved, saved / "pairs.jsonl", "--lambda", -1), "above 0"),
+        (("map", saved, saved / "pairs.jsonl", "--n", 3), "16 or more"),
+        (("map", saved, saved / "pairs.jsonl", "--device", "tpu"), "'tpu'"),
+        (("map", saved, lines(tmp_path / "typo.jsonl", {"clean": "a", "corupt": "b", "answer": "c"})), "is 'corrupt' meant?"),
     ]
     for words, said in cases:
         code, _, err = cli(*words, "--out", out)
         assert code == 2, (words, err)
         assert said in err, (words, err)
         assert "Traceback" not in err and not out.exists(), words
+
+
+def test_bad_input_of_looking(cli: Cli, saved: Path, tmp_path: Path):
+    for words, said in (
+        (("record", saved, "nofile.jsonl", "-s", "L0.z", "--out", tmp_path / "v.safetensors"), "there is no file nofile.jsonl"),
+        (("generate", saved, "a", "-e", "L0.h0=clamp:1,-1"), "must not be above"),
+    ):
+        code, _, err = cli(*words)
+        assert code == 2 and said in err and not (tmp_path / "v.safetensors").exists(), (words, err)
 
 
 def test_a_model_that_cannot_do_it(cli: Cli, saved: Path, tmp_path: Path):

@@ -127,7 +127,7 @@ def test_content_makes_the_hash(tmp_path: Path) -> None:
         ('{"clean": "a", "answer": "b"}\n{"clean": "a",\n', r"bad.jsonl, line 2 is not JSON: .* at column 1[45]"),
         ('\n\n["a"]', "bad.jsonl, line 3 is no JSON object but list: a row has clean, text, corrupt"),
         ('{"clean": "a"}', r"bad.jsonl, line 1: there is no 'answer' \(plain text is called 'text'\)"),
-        ('{"anser": "a", "clean": "b"}', "line 1: there is no 'answer'"),
+        ('{"anser": "a", "clean": "b"}', "line 1 has a field 'anser': is 'answer' meant"),
         ('{"answer": "a"}', "line 1: there is no 'clean'"),
         ('{"clean": 5, "answer": "b"}', "line 1: 'clean' must be text, a list of token ids or a list of messages, not 5"),
         ('{"clean": "", "answer": "b"}', "line 1: 'clean' is empty"),

@@ -61,6 +61,10 @@ class Clamp:
     low: float | None = None
     high: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise GateError(f"clamp between {self.low} and {self.high}: the first must not be above the second")
+
     def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
         return value.clamp(self.low, self.high)
 

@@ -107,9 +107,11 @@ def generate(
 
 
 def _prompts(given: list[str]) -> list[str]:
-    if len(given) == 1 and given[0].endswith((".jsonl", ".txt")) and Path(given[0]).is_file():
+    if len(given) == 1 and given[0].endswith((".jsonl", ".txt")):
         import json
 
+        if not Path(given[0]).is_file():
+            raise PatchclampError(f"there is no file {given[0]}: give prompts, or a file of them")
         lines = [line for line in Path(given[0]).read_text().splitlines() if line.strip()]
         if given[0].endswith(".txt"):
             return lines

@@ -1,5 +1,7 @@
 """Commands that ask something of a model and keep a run: map, gate, attribute, verify, discover, trust."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +62,7 @@ def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Pat
     found = common.find_task(str(task), asked.get("options"), asked.get("columns"), asked.get("chat", False), asked.get("bos"))
     model = common.load_model(subject, **loading)
     source = {"model": subject, "task": task, "loading": loading, "asked": asked}
-    with common.bars() as bars, open_run(out, model, found, plan, watch=bars.step, source=source) as run:
+    with said_when_interrupted(), common.bars() as bars, open_run(out, model, found, plan, watch=bars.step, source=source) as run:
         common.err.print(Text(f"{subject} on {found.name}: {run.folder}"))
         study = map(model, found, plan, run, do=steps or STEPS, progress=bars.progress)
         assert study.folder is not None
@@ -71,6 +73,16 @@ def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Pat
         from patchclamp.cli.show import show
 
         show(study, report, steps or STEPS)
+
+
+@contextmanager
+def said_when_interrupted() -> Generator[None]:
+    """Ctrl-C says that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        common.err.print(Text("interrupted; finished steps are kept: run the same command again to go on"))
+        raise typer.Exit(130) from None
 
 
 def _from_run(folder: Path, given: dict[str, Any], loading: dict[str, Any], asked: dict[str, Any], out: Path | None) -> Any:

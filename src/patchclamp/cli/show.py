@@ -27,7 +27,7 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
     out.print(Text(f"Baseline on {base.n} prompts: {base.metric} {shown(base.open)} open, {shown(base.closed)} closed{right}{top1}; "
                    f"most frequent answer {base.majority:.0%}"))  # fmt: skip
     if "exact" in record.scores.columns:
-        _parts(record.scores, record.fallbacks)
+        _parts(record.scores, record.fallbacks, base.metric)
     if record.circuit is not None:
         names = " ".join(str(site) for site in record.circuit)
         out.print(Text.assemble(("Circuit ", "bold"), f"({len(record.circuit)} of {record.scores.height}): {names}"))
@@ -43,12 +43,15 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
     claims = Table.grid(padding=(0, 2))
     claims.add_column(justify="right", no_wrap=True)
     for claim in record.claims:
-        claims.add_row(Text(claim.verdict, style=STYLES[claim.verdict]), Text(claim.statement))
+        sentence = Text(claim.statement)
+        if claim.verdict != "supported":
+            sentence.append(f" ({claim.evidence})", style="dim")
+        claims.add_row(Text(claim.verdict, style=STYLES[claim.verdict]), sentence)
     out.print(claims)
     out.print(Text.assemble(("Report ", "bold"), str(report)), soft_wrap=True)  # a path in one piece can be clicked
 
 
-def _parts(scores: pl.DataFrame, fallbacks: tuple[str, ...]) -> None:
+def _parts(scores: pl.DataFrame, fallbacks: tuple[str, ...], metric: str) -> None:
     frame = scores.sort(pl.col("exact").abs(), descending=True).head(10)
     names = {"second": fallbacks[-1], "shifted": "shifted", "gradient": "gradient"}
     rows: list[dict[str, object]] = []
@@ -62,6 +65,10 @@ def _parts(scores: pl.DataFrame, fallbacks: tuple[str, ...]) -> None:
     out.print(Text(f"Largest exact effects (open minus closed under {fallbacks[0]}, 95 % intervals)", style="italic"))
     print_rows(rows)
     if "role" in scores.columns:
+        if metric != "log_probability":
+            out.print(
+                Text(f"Roles are judged on the answer's log-probability, effects on {metric}: they may differ.", style="dim")
+            )
         for role in ("facilitating", "interfering", "redundant", "irrelevant", "undecided"):
             sites = scores.filter(pl.col("role") == role)["site"].to_list()
             if sites:

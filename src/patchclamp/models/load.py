@@ -88,7 +88,10 @@ def _model(
                 f"device={device!r} was asked of the quantised model {name!r}, which cannot be moved: give device_map"
             )
     elif device_map is None:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device {device!r} was asked for: {_reason(error)}") from error
     return model
 
 
@@ -130,7 +133,9 @@ def _tokenizer(given: Any, where: str | None, name: str, revision: str | None, t
     try:
         return AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"the tokenizer of {name!r} could not be loaded: {_reason(error)}; give one with tokenizer=") from error
+        raise ModelError(
+            f"the tokenizer of {name!r} could not be loaded: {_reason(error)}; give a tokenizer (--tokenizer)"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

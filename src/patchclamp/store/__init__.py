@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 from patchclamp.errors import StoreError
 from patchclamp.store import lock, manifest
@@ -256,8 +256,19 @@ def _listed(state: Manifest) -> set[str]:
 def _difference(folder: Path, found: Manifest, plan: Any) -> str:
     old = load_plan(folder)
     changed = [key for key in sorted({*old, *plan}) if old.get(key) != plan.get(key)] if isinstance(plan, dict) else []
-    shown = ", ".join(f"{key} {old.get(key)!r} there, {plan.get(key)!r} here" for key in changed[:3])
+    flat = {key: _apart(old.get(key), plan.get(key)) for key in changed}
+    shown = ", ".join(
+        f"{key}{name} {was!r:.60} there, {now!r:.60} here" for key, some in flat.items() for name, was, now in some
+    )
     return shown or f"task {found.task}, model {found.model}, with other weights, task or methods"
+
+
+def _apart(was: object, now: object) -> list[tuple[str, object, object]]:
+    """What differs between two values of a plan: of mappings, which entries."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return [("", was, now)]
+    old, new = cast(dict[str, object], was), cast(dict[str, object], now)
+    return [(f".{name}", old.get(name), new.get(name)) for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
 
 
 def _make(folder: Path) -> list[Path]:

@@ -65,6 +65,9 @@ class Study:
     def __str__(self) -> str:
         return self.record.headline
 
+    def __repr__(self) -> str:
+        return f"Study({self.record.headline!r}, folder={str(self.folder) if self.folder else None!r})"
+
     def _repr_html_(self) -> str:
         from html import escape
 
@@ -175,6 +178,8 @@ def _verify(work: _Work, whole: bool) -> None:
     found["exact"] = work.exact("exact", confirm, work.fallback)
     if not whole:
         return
+    if plan.second == work.kind:
+        raise PatchclampError(f"the second fallback is to be another than the first, and both are {work.kind!r}")
     second = plan.second or ("mean" if work.kind.partition(":")[0] != "mean" else "zero")
     found["second_fallback"] = second
     found["second"] = work.exact("second", confirm, work.parts.fallback(second, fit=work.split.fit))

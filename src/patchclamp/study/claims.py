@@ -182,7 +182,7 @@ def _agreements(found: Found, agreement: Mapping[str, Agreement]) -> list[Claim]
                 found.scope,
                 str(same),
                 "parts whose exact effect and score differ in sign or rank",
-                _verdict((same.spearman or 0.0) > 0.7 and same.wrong_signs <= 0.1 * max(1, same.clear)),
+                _verdict((same.spearman or 0.0) > 0.7 and same.wrong_signs <= 0.1 * same.clear) if same.clear else "not tested",
             )
         )
     return made

@@ -7,10 +7,13 @@ from typing import Any, Literal
 from patchclamp.discover.threshold import Order
 from patchclamp.errors import PatchclampError
 from patchclamp.gating import GatingSettings, gating_settings
-from patchclamp.methods import Direction
+from patchclamp.methods import Direction, method_names
+from patchclamp.metrics import metric_named
+from patchclamp.parts import FALLBACKS
 
 STEPS = ("gate", "attribute", "verify", "discover", "trust")
 """What a map does, in order; each can be asked for alone."""
+FEWEST = 16  # prompts: four to confirm on
 Budget = Literal["default", "code", "paper"]
 
 
@@ -57,6 +60,24 @@ class Plan:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise PatchclampError(f"{name} {value} was asked for: choose a number from {low} to {high}")
+        if self.seed < 0:
+            raise PatchclampError(f"seed {self.seed} was asked for: choose 0 or more")
+        if self.n is not None and self.n < FEWEST:
+            raise PatchclampError(
+                f"{self.n} prompts were asked for: a quarter of them has to carry an interval, so choose {FEWEST} or more"
+            )
+        if self.pressure is not None and not self.pressure > 0:
+            raise PatchclampError(f"lambda {self.pressure} was asked for: choose a number above 0")
+        if self.metric is not None:
+            metric_named(self.metric)
+        if self.method not in method_names():
+            raise PatchclampError(f"there is no method {self.method!r}: choose from {', '.join(method_names())}")
+        for name in ("fallback", "second"):
+            kind = getattr(self, name)
+            if kind is not None and kind.partition(":")[0] not in FALLBACKS:
+                raise PatchclampError(f"there is no {name} {kind!r}: choose from {', '.join(FALLBACKS)}")
+        if self.second is not None and self.second == self.fallback:
+            raise PatchclampError(f"the second fallback is to be another than the first, and both are {self.second!r}")
         if self.random_circuits < 1:
             raise PatchclampError(f"{self.random_circuits} random circuits were asked for: choose at least 1")
 

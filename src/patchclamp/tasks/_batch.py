@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from patchclamp.tasks import Example
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """Rows of tokens, left-padded, and the targets that a metric reads.
 
@@ -42,6 +42,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __repr__(self) -> str:
+        rows, columns = self.tokens.shape
+        return (
+            f"Batch({len(self)} examples, {rows} rows of {columns} tokens, {len(self.target_row)} targets, metric {self.metric})"
+        )
 
     @property
     def position_ids(self) -> Int[Tensor, "row position"]:

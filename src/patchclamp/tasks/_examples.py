@@ -78,6 +78,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.items)
 
+    def __repr__(self) -> str:
+        pairs = " pairs" if self.items and self.items[0].corrupt is not None else " prompts"
+        return f"Examples({len(self)}{pairs} of {self.task!r}, metric {self.metric}, {sum(self.dropped.values())} dropped)"
+
     def __iter__(self) -> Iterator[Example]:
         return iter(self.items)
 

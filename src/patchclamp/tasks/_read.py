@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -96,6 +97,12 @@ def _renamed(row: _Row, columns: Mapping[str, str]) -> _Row:
         raise TaskError(f"{row.where} has no column {absent[0]!r}: there are {', '.join(map(str, row.fields))}")
     named = {name: row.fields[column] for name, column in columns.items()}
     rest = {name: row.fields[name] for name in FIELDS if name in row.fields and name not in columns}
+    for name in row.fields:
+        meant = get_close_matches(
+            str(name), [field for field in FIELDS if field not in row.fields and field not in columns], 1, 0.75
+        )
+        if name not in FIELDS and name not in columns.values() and meant:
+            raise TaskError(f"{row.where} has a field {name!r}: is {meant[0]!r} meant?")
     return _Row(row.where, {name: value for name, value in {**rest, **named}.items() if not _missing(value)})
 
 
