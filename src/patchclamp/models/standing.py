@@ -67,13 +67,13 @@ class Start:
         """What a forward call of `settings` copies of the rows needs beside its columns."""
         if not self.column:
             return {"use_cache": False}
-        from transformers import DynamicCache
+        from patchclamp.models.prefix import shared_prefix
 
-        cache = DynamicCache()  # without a configuration it keeps every column, also of sliding windows: masks do the rest
-        for layer, pair in enumerate(self.prefix):
-            count = max(1, self.counts[layer]) if self.counts else settings
-            keys, values = (_copies(kept[:, :, : self.column], count) for kept in pair)
-            cache.update(keys, values, layer)
+        # it keeps every column, also of sliding windows: masks do the rest
+        cache = shared_prefix([
+            (keys[:, :, : self.column], values[:, :, : self.column], max(1, self.counts[layer]) if self.counts else settings)
+            for layer, (keys, values) in enumerate(self.prefix)
+        ])  # fmt: skip
         return {"use_cache": True, "past_key_values": cache}
 
     @contextmanager

@@ -25,6 +25,8 @@ from patchclamp.tasks._batch import Batch
 
 MEMORY = 1 << 30
 """Bytes that the activations of one folded pass may take."""
+CACHE = 24 << 20
+"""Bytes that the widest activation of one folded pass may take on a CPU: more settings at once run slower, out of its cache."""
 BY_HEAD = ("scores", "pattern")  # [row, head, query, key]; all others are [row, position, ...]
 WHOLE = ("k", "v")  # under a cache, what attention reads is every column
 
@@ -383,7 +385,10 @@ class Gated:
         per_layer = 8 * width + 4 * size + 3 * neurons + 3 * heads * length
         per_token = per_layer * (len(anatomy.sizes) if backward else 2)
         vocabulary = int(anatomy.config.vocab_size) * len(batch.target_row) * 3
-        return max(1, self.memory // (4 * (rows * (length - column) * per_token + vocabulary)))
+        most = self.memory // (4 * (rows * (length - column) * per_token + vocabulary))
+        if self.model.device.type == "cpu" and not backward:
+            most = min(most, CACHE // (4 * rows * (length - column) * neurons))
+        return max(1, most)
 
 
 def _chunks(numbers: list[int], size: int) -> list[list[int]]:
