@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 
 from cases import CONFIGS, tiny
 from patchclamp.errors import SiteError
+from patchclamp.methods import attribute
 from patchclamp.metrics import METRICS
+from patchclamp.models.editing import Edits
 from patchclamp.models.model import Model
 from patchclamp.models.replay import why_plain
+from patchclamp.models.standing import Start
 from patchclamp.parts import Gated, gated, nodes
 from patchclamp.sites import KINDS, Site
+from patchclamp.tasks._batch import Batch
 from test_parts import examples, plainly
 
 KIND = ["resid.pre", "resid.mid", "resid.post", "attn", "attn.write", "mlp.write", "head", "mlp", "z", "q", "k", "v", "scores",
@@ -102,3 +106,45 @@ def test_what_can_have_no_gate():
 def test_a_neuron_is_a_part():
     parts = gated(model_of("gpt2"), ["L1.mlp.n3", "L1.mlp.n5"])
     assert parts.labels == (Site("neuron", 1, 3), Site("neuron", 1, 5)) and parts.counted == (0, 1)
+
+
+def test_rounding_is_measured_and_what_is_below_it_is_said():
+    """Real effects are above it; closing what no difference has reached yet is below it."""
+    model = model_of("gpt2")
+    parts, some = nodes(model), examples(6)
+    scores = attribute(parts, some, parts.fallback("resample"), "exact")
+    floor = scores.about["noise_floor"]
+    assert 0 <= floor < 1e-5 and not scores.table["below_noise"].all()
+    still = gated(model, ["L0.resid.pre"], positions=(0,))  # before the first difference: closing it changes nothing
+    found = attribute(still, some, still.fallback("resample"), "exact")
+    assert found.table["below_noise"].to_list() == [True]
+
+
+def test_running_out_of_memory_halves_what_runs_at_once(monkeypatch: pytest.MonkeyPatch):
+    model = Model.load(tiny("gpt2"))
+    parts, batch = nodes(model), examples(3).batch()
+    gates, fallback = 1 - torch.eye(len(parts.labels))[:, None, None], parts.fallback("resample")
+    expected, own, sizes = parts.measure(batch, gates, fallback), Model.target_logits, list[int]()
+
+    def small(self: Model, given: Batch, edits: Edits | None = None, settings: int = 1, start: Start = Start()) -> torch.Tensor:
+        sizes.append(settings)
+        if settings > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, given, edits, settings, start)
+
+    monkeypatch.setattr(Model, "target_logits", small)
+    with pytest.warns(UserWarning, match="memory ran out with"):
+        torch.testing.assert_close(parts.measure(batch, gates, fallback), expected, atol=1e-6, rtol=0)
+    assert max(sizes) > 3 and sizes[-1] <= 3
+
+
+def test_any_other_error_is_not_swallowed(monkeypatch: pytest.MonkeyPatch):
+    model = Model.load(tiny("gpt2"))
+    parts, batch = nodes(model), examples(3).batch()
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Model, "target_logits", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        parts.measure(batch, parts.closed(2), parts.fallback("zero"))

@@ -16,21 +16,22 @@ if TYPE_CHECKING:
     from patchclamp.metrics import METRICS, Metric
     from patchclamp.models.doctor import examine
     from patchclamp.models.model import Model
-    from patchclamp.parts import nodes
+    from patchclamp.parts import gated, nodes
     from patchclamp.scores import Scores
     from patchclamp.sites import Edge, Site
     from patchclamp.study import Plan, Study, map
     from patchclamp.tasks import Pair, Task, load_task, task_names
+    from patchclamp.tracing import trace
 
 _HOMES = {
     "Circuit": "circuit", "Edge": "sites", "METRICS": "metrics", "Metric": "metrics", "Model": "models.model", "Pair": "tasks",
     "Plan": "study", "Scores": "scores", "Site": "sites", "Study": "study", "Task": "tasks", "attribute": "methods",
-    "examine": "models.doctor", "load_task": "tasks", "map": "study", "nodes": "parts", "task_names": "tasks",
+    "examine": "models.doctor", "gated": "parts", "load_task": "tasks", "map": "study", "nodes": "parts", "task_names": "tasks", "trace": "tracing",
 }  # fmt: skip
 
 __all__ = [
     "METRICS", "Circuit", "Edge", "Metric", "Model", "Pair", "Plan", "Scores", "Site", "Study", "Task", "attribute",
-    "examine", "load_task", "map", "nodes", "task_names",
+    "examine", "gated", "load_task", "map", "nodes", "task_names", "trace",
 ]  # fmt: skip
 
 

@@ -56,7 +56,10 @@ def _parts(scores: pl.DataFrame, fallbacks: tuple[str, ...], metric: str) -> Non
     names = {"second": fallbacks[-1], "shifted": "shifted", "gradient": "gradient"}
     rows: list[dict[str, object]] = []
     for row in frame.iter_rows(named=True):
-        shown_row: dict[str, object] = {"site": row["site"], "exact effect": _interval(row, "exact")}
+        shown_row: dict[str, object] = {
+            "site": row["site"],
+            "exact effect": "below noise" if row.get("below_noise") else _interval(row, "exact"),
+        }
         shown_row |= {name: _number(row[column]) for column, name in names.items() if column in row}
         if "role" in row:
             shown_row["role"] = row["role"]

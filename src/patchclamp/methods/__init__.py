@@ -100,12 +100,34 @@ def attribute(
     table = effects(
         parts, examples, fallback, method, metric=metric, direction=direction, batch_size=batch_size, seed=seed, progress=progress
     )
+    noise = noise_floor(parts, examples, fallback, metric) if method == "exact" else None
     name = metric.name if isinstance(metric, Metric) else metric or examples.metric
     facts = {"method": method, "metric": name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
              "direction": direction, "model": parts.model.name, "task": examples.task}  # fmt: skip
-    return Scores.from_samples(
-        counted(parts), table.double().numpy(), {**facts, **(about or {})}, groups=groups_of(examples), seed=seed
-    )
+    facts |= {} if noise is None else {"noise_floor": noise}
+    groups = groups_of(examples)
+    return Scores.from_samples(counted(parts), table.double().numpy(), {**facts, **(about or {})}, groups, seed=seed, noise=noise)
+
+
+def noise_floor(
+    parts: Parts, examples: Examples, fallback: Fallback, metric: str | Metric | None = None, tries: int = 4
+) -> float:
+    """What rounding alone can make of an effect: the same settings once more, alone and among other prompts.
+
+    The largest difference between `tries` parts' effects on up to 4 examples together, and on each of these examples by
+    itself, in whole runs each. An effect no larger than this is below noise.
+    """
+    some = examples.take(range(min(4, len(examples))))
+    chosen = counted(parts)[:: max(1, len(counted(parts)) // tries)][:tries]
+    which = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
+    gates = torch.cat([parts.open(), *(parts.without([site]) for site in chosen)])
+    together = parts.measure(some.batch(), gates, fallback, which)
+    alone = [
+        torch.cat([parts.measure(batch, one[None], fallback, which) for one in gates])
+        for batch in (some.batch([number]) for number in range(len(some)))
+    ]
+    differences = [one[:1] - one[1:] for one in (together, torch.cat(alone, 1))]
+    return float((differences[0] - differences[1]).abs().max())
 
 
 def counted(parts: Parts) -> list[Site]:

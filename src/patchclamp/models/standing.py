@@ -37,6 +37,7 @@ class Start:
         tuples: by block, how long a tuple it gives; 0 for a tensor.
         wanted: the columns that anything is asked of behind the last block; None: all of them.
         tokens: the tokens whose logits are computed, in this order; None: all of them.
+        given: the first block, too, gets what it got in the model's own run (which had an edit there), not the embedding.
     """
 
     column: int = 0
@@ -46,6 +47,7 @@ class Start:
     tuples: tuple[int, ...] = ()
     wanted: Int[Tensor, " column"] | None = None
     tokens: Int[Tensor, " token"] | None = None
+    given: bool = False
 
     def rising(self, column: int, firsts: Sequence[int]) -> "Start":
         """The same for settings whose first blocks are `firsts` (in rising order) and whose first column is `column`."""
@@ -80,7 +82,7 @@ class Start:
     def standing(self, anatomy: Anatomy, settings: int) -> Generator[None]:
         """While open, in this thread, the model computes what this start leaves to compute, and nothing else."""
         instead: dict[nn.Module, StandIn] = {}
-        if self.counts and self.counts[0] < settings:
+        if self.counts and (self.given or self.counts[0] < settings):
             instead |= {layer.block: partial(self._block, number, settings) for number, layer in enumerate(anatomy.layers)}
         last = anatomy.layers[-1]
         if self.wanted is not None:
@@ -97,6 +99,9 @@ class Start:
         running, joining = self.counts[number], self.counts[number + 1] - self.counts[number]
         value: Tensor = args[0] if args else kwargs["hidden_states"]
         rows = len(self.inputs[0])
+        if self.given and not number:
+            value = _copies(self.inputs[0][:, self.column :], settings)
+            args, kwargs = ((value, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": value})
         output: Any = value
         if running:
             cut = partial(_leading, running * rows, settings * rows)

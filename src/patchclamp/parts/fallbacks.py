@@ -123,6 +123,33 @@ class Mean:
         return 0
 
 
+@dataclass(frozen=True, eq=False)
+class Own:
+    """The same places' values in the model's own run of the same prompt: what is put back where the run itself was changed.
+
+    `span` is where that change begins; before it, values are the same.
+    """
+
+    record: Record
+    span: str
+    kind: str = "own"
+    off_distribution: bool = False
+    kept: "WeakKeyDictionary[Batch, Values]" = field(default_factory=WeakKeyDictionary["Batch", "Values"])
+
+    def at(self, batch: Batch | None) -> Values:
+        """The batch's own values. One forward pass per batch, kept."""
+        if batch is None:
+            raise GateError("the fallback 'own' has no value on new tokens: they have no run of their own to take it from")
+        if batch not in self.kept:
+            self.kept[batch] = self.record(batch)
+        return self.kept[batch]
+
+    def since(self, batch: Batch) -> int:
+        """The first column of the span."""
+        covered = batch.columns(self.span).any(0)
+        return int(covered.int().argmax()) if bool(covered.any()) else batch.tokens.shape[1]
+
+
 FALLBACKS = ("resample", "mean", "zero")
 
 

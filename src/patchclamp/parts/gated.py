@@ -1,5 +1,6 @@
 """Gated sites: parts of any kind, each with a gate on what its site holds. Everything that measures goes through here."""
 
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchclamp.edits import Mix
+from patchclamp.edits import Add, Mix
 from patchclamp.errors import GateError, SiteError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.editing import Edits
@@ -75,6 +76,8 @@ class Gated:
 
     def __init__(self, model: Model, labels: Sequence[Site], memory: int = MEMORY):
         self.model, self.memory = model, memory
+        self.added: Float[Tensor, "row position width"] | None = None
+        """What is added to the embeddings in every run."""
         self.labels: tuple[Site, ...] = tuple(labels)
         self.counted: tuple[int, ...] = tuple(number for number, site in enumerate(self.labels) if site.kind != "embed")
         """All but the embedding."""
@@ -99,6 +102,18 @@ class Gated:
         """The same parts of another model of the same anatomy."""
         other = copy(self)
         other.model = model
+        return other
+
+    def under(self, added: Float[Tensor, "row position width"]) -> "Gated":
+        """The same parts of runs in which `added` is added to the embeddings of a batch: noise, a direction.
+
+        Raises:
+            GateError: the embedding has a gate.
+        """
+        if Site("embed") in self.by_place:
+            raise GateError("the embedding has a gate here, so nothing can be added to it: leave it out of the parts")
+        other = copy(self)
+        other.added = added
         return other
 
     def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
@@ -284,7 +299,8 @@ class Gated:
         with torch.no_grad():
             firsts, columns = self._firsts(gates, fallback, batch)
             out, moved = dict[int, Tensor](), [number for number, first in enumerate(firsts) if first is not None]
-            itself = self.model.target_logits(batch) if metric.reference or len(moved) < len(gates) else None
+            base: Edits = {} if self.added is None else {Site("embed"): Add(self.added)}
+            itself = self.model.target_logits(batch, base) if metric.reference or len(moved) < len(gates) else None
             plain = itself[0] if metric.reference and itself is not None else None
             if itself is not None:
                 out = dict.fromkeys(set(range(len(gates))) - set(moved), metric(itself, batch, plain)[0])
@@ -292,12 +308,29 @@ class Gated:
             for column in sorted({columns[number] for number in moved}) if start.prefix else [0]:
                 together = [number for number in moved if not start.prefix or columns[number] == column]
                 together.sort(key=lambda number: firsts[number] or 0)
-                for chunk in _chunks(together, self.fold(batch, column=column)):
+                while together:
+                    chunk = together[: self.fold(batch, column=column)]
                     here = start.rising(column, [firsts[number] or 0 for number in chunk])
                     edits = self._edits(gates[chunk], fallback, batch, here)
-                    logits = self.model.target_logits(batch, edits, len(chunk), here)
+                    edits = edits if here.given else {**base, **edits}
+                    try:
+                        logits = self.model.target_logits(batch, edits, len(chunk), here)
+                    except RuntimeError as error:
+                        self._shrink(error, len(chunk), batch, column)
+                        continue
                     out |= zip(chunk, metric(logits, asked, plain), strict=True)
+                    together = together[len(chunk) :]
         return torch.stack([out[number] for number in range(len(gates))])
+
+    def _shrink(self, error: RuntimeError, settings: int, batch: Batch, column: int) -> None:
+        """Where memory ran out with several settings at once, go on with half as many, and say so."""
+        if settings == 1 or not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):
+            raise error
+        each = max(1, self.memory // max(1, self.fold(batch, column=column)))
+        self.memory = each * max(1, settings // 2)
+        warnings.warn(f"memory ran out with {settings} settings at once: going on with {settings // 2}", stacklevel=3)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _firsts(self, gates: Tensor, fallback: Fallback, batch: Batch) -> tuple[list[int | None], list[int]]:
         """By setting, the first block (None: all gates are open) and the first column at which it differs from the model."""
@@ -327,7 +360,10 @@ class Gated:
         asked, start = batch, Start()
         if len(firsts) < 2 or not (any(firsts) or any(columns)) or why_plain(self.model):
             return start, asked
-        start = reference(self.model, batch, inputs=any(firsts), prefix=any(columns))
+        given = self.added is not None
+        with self.model.editing({} if self.added is None else {Site("embed"): Add(self.added)}, batch):
+            start = reference(self.model, batch, inputs=given or any(firsts), prefix=any(columns))
+        start = replace(start, given=given)
         if not any(site.kind in ("neuron", "router", "expert") for site in self.labels):
             start = trimmed(self.model, start, batch.target_position.unique())
         if metric.answers_alone(batch) and Site("logits") not in self.by_place and not why_whole_vocabulary(self.model.anatomy):
@@ -355,12 +391,13 @@ class Gated:
         values: list[Tensor] = []
         slopes: list[Tensor] = []
         with frozen(self.model), torch.no_grad():
-            plain = self.model.target_logits(batch)[0] if metric.reference else None
+            base: Edits = {} if self.added is None else {Site("embed"): Add(self.added)}
+            plain = self.model.target_logits(batch, base)[0] if metric.reference else None
             start = self._behind(batch, fallback)
             for some in gates.split(self.fold(batch, backward=True)):
                 with torch.enable_grad():
                     leaf = some.detach().expand(-1, len(batch), -1, -1).clone().requires_grad_()
-                    edits = self._edits(leaf, fallback, batch, start)
+                    edits = {**base, **self._edits(leaf, fallback, batch, start)}
                     logits = self.model.target_logits(batch, edits, len(some), start)
                     value = metric(logits, batch, plain)
                     (slope,) = torch.autograd.grad(value.sum(), leaf)
@@ -371,7 +408,7 @@ class Gated:
     def _behind(self, batch: Batch, fallback: Fallback) -> Start:
         """The start at the first column at which any gate can make a difference."""
         column = min(fallback.since(batch), int(batch.target_position.min()))
-        if 4 * column < batch.tokens.shape[1] or why_plain(self.model):
+        if 4 * column < batch.tokens.shape[1] or self.added is not None or why_plain(self.model):
             return Start()
         return reference(self.model, batch, inputs=False).rising(column, [])
 
@@ -389,10 +426,6 @@ class Gated:
         if self.model.device.type == "cpu" and not backward:
             most = min(most, CACHE // (4 * rows * (length - column) * neurons))
         return max(1, most)
-
-
-def _chunks(numbers: list[int], size: int) -> list[list[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
 @contextmanager

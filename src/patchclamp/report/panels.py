@@ -171,6 +171,8 @@ def _parts(scores: pl.DataFrame) -> list[dict[str, Any]]:
 def _effect(row: Mapping[str, Any]) -> str:
     if row.get("exact") is None:
         return "–"
+    if row.get("below_noise"):
+        return "below noise"
     low, high = row.get("exact_low"), row.get("exact_high")
     return signed(row["exact"]) + ("" if low is None or high is None else f" [{signed(low)}, {signed(high)}]")
 

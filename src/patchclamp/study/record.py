@@ -51,6 +51,7 @@ def _columns(scores: Scores, name: str, with_p: bool) -> pl.DataFrame:
     ]
     if with_p:
         chosen += [pl.col("p").alias(f"{name}_p"), pl.col("q").alias(f"{name}_q")]
+        chosen += [pl.col("below_noise")] if "below_noise" in scores.table.columns else []
     return scores.table.select(chosen)
 
 
