@@ -13,7 +13,6 @@ patch no queries of unchanged positions; in the last layer queries, output proje
 
 import argparse
 import json
-import resource
 import subprocess
 import tempfile
 import time
@@ -164,6 +163,18 @@ def limit(model: Model, sweep: Sweep) -> float:
     return total * sweep.batch
 
 
+def resident(what: str) -> int:
+    """Of this process, in kB: VmRSS (now) or VmHWM (the peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what + ":"))
+
+
+def reset_peak() -> int:
+    """Start the peak again from what is resident now (Linux), and say how much that is."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def cells_of(parts: Gated) -> list[tuple[int | None, int | None, int | None]]:
     return [(site.layer, site.index, site.position if isinstance(site.position, int) else None) for site in parts.labels]
 
@@ -176,20 +187,21 @@ def run(model: Model, sweep: Sweep, tokens: tuple[Tensor, Tensor], folder: Path,
     gates = 1 - torch.eye(len(parts.labels))[:, None, None]
     chosen = torch.randperm(len(gates), generator=torch.Generator().manual_seed(0))[:sample].tolist()
     parts.measure(batch, gates[:3], fallback)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ours, theirs, plain, rates = [], [], [], []
+    before = reset_peak()
+    ours, theirs, plain, rates, memory = [], [], [], [], 0.0
     values = torch.empty(0)
     for _ in range(2):
-        rates.append(rate(model))
         start = time.perf_counter()
         values = parts.measure(batch, gates, fallback)
         ours.append(time.perf_counter() - start)
+        memory = memory or (resident("VmHWM") - before) / 1024
         job = {"batch": sweep.batch, "length": sweep.length, "cells": [cells_of(parts)[number] for number in chosen]}
         peer.stdin.write(json.dumps(job) + "\n")
         peer.stdin.flush()
         answer = peer.stdout.readline()
         if not answer:
             raise SystemExit((folder / "errors.txt").read_text())
+        rates.append(rate(model))
         theirs.append(json.loads(answer)["seconds"] * len(gates) / len(chosen))
         start = time.perf_counter()
         with torch.no_grad():
@@ -200,7 +212,6 @@ def run(model: Model, sweep: Sweep, tokens: tuple[Tensor, Tensor], folder: Path,
     alone_apart = max(
         float((METRICS["logit_diff"](one, batch)[0] - values[n]).abs().max()) for one, n in zip(alone, chosen, strict=False)
     )
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     bound = limit(model, sweep) / max(rates)
     ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
     print(f"{sweep.name}: {len(gates)} cells")

@@ -1,5 +1,6 @@
 """Conformance of replay: gates on any site of any family, from the middle of the model, equal whole runs one by one."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -148,3 +149,27 @@ def test_any_other_error_is_not_swallowed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Model, "target_logits", broken)
     with pytest.raises(RuntimeError, match="something else"):
         parts.measure(batch, parts.closed(2), parts.fallback("zero"))
+
+
+@pytest.mark.parametrize("kind", KIND)
+def test_there_are_parts_of_every_kind(kind: str):
+    """So that the conformance above never passes for want of parts."""
+    parts = parts_at(model_of("llama"), kind, ())
+    assert parts is not None and len(parts.labels) >= model_of("llama").layers
+
+
+def test_a_model_that_fails_the_proof_runs_whole_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    """Keys and values that are not kept right: caught at the first measure, named, and the numbers are those of whole runs."""
+    model = Model.load(tiny("llama"))
+    parts, batch = nodes(model), examples(3).batch()
+    gates, fallback = 1 - torch.eye(len(parts.labels))[:, None, None], parts.fallback("resample")
+    options = Start.options
+
+    def wrong(self: Start, settings: int) -> dict[str, object]:
+        return options(replace(self, prefix=tuple((keys * 2, values) for keys, values in self.prefix)), settings)
+
+    monkeypatch.setattr(Start, "options", wrong)
+    with pytest.warns(UserWarning, match="logits differ by"):
+        values = parts.measure(batch, gates, fallback)
+    with torch.no_grad():
+        torch.testing.assert_close(values, plainly(parts, batch, gates, fallback), atol=0, rtol=0)

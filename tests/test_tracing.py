@@ -8,7 +8,7 @@ from cases import tiny
 from patchclamp.errors import GateError
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
-from patchclamp.tracing import trace
+from patchclamp.tracing import _windows, trace
 from test_parts import examples
 
 
@@ -76,10 +76,7 @@ def test_everything_back_is_everything():
     found = trace(model, some, positions=("fact", "end"), subject="fact", draws=3, metric="log_probability")
     assert found.effects[f"L{model.layers - 1}.resid.post@end"]["score"] == pytest.approx(found.total, abs=1e-5)
     assert found.grid().shape == (model.layers, 3)
-    first = pc.gated(model, ["L0.resid.pre"], positions=("fact",))
-    whole = trace(
-        model, some, first.labels and ["L0.resid.pre"], positions=("fact",), subject="fact", draws=3, metric="log_probability"
-    )
+    whole = trace(model, some, ["L0.resid.pre"], positions=("fact",), subject="fact", draws=3, metric="log_probability")
     assert whole.effects["L0.resid.pre@fact"]["score"] == pytest.approx(found.total, abs=1e-5)
 
 
@@ -102,3 +99,13 @@ def test_what_cannot_be_traced_is_said():
         trace(model, some, subject="fact", draws=0)
     with pytest.raises(GateError, match="embedding has a gate"):
         pc.nodes(model).under(torch.zeros(1, 1, 1))
+
+
+def test_windows_are_those_of_the_authors():
+    """Their range: max(0, layer - window // 2) to min(layers, layer - (-window // 2)), the end not in it."""
+    model = Model.load(tiny("llama"))
+    parts = pc.gated(model, ["L*.mlp.write"])
+    for width in (1, 2, 3, 4):
+        for layer, gates in enumerate(_windows(parts, width)[:, 0, 0]):
+            inside = range(max(0, layer - width // 2), min(model.layers, layer - (-width // 2)))
+            assert (gates == 0).nonzero()[:, 0].tolist() == list(inside)

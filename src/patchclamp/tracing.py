@@ -78,8 +78,10 @@ def trace(
         sites: what is put back: `L*.resid.post` (states), `L*.mlp.write`, `L*.attn.write`, `L*.h*.z`; one kind of site.
         positions: where; a part per site and position.
         subject: the span that is blurred.
-        window: how many layers are put back together (the paper: 10 for MLPs and attention), centred, cut at the ends.
-        deviations: of the embeddings.
+        window: how many layers are put back together (the paper: 10 for MLPs and attention), centred, cut at the ends; of an even
+            window the longer half is below, as in the authors' code.
+        deviations: standard deviations of the embedding matrix's entries. A model that multiplies its embeddings (gemma) is
+            blurred less by as many: give more.
         draws: of the noise.
         metric: by default the answer's probability.
         batch_size: examples at once.
@@ -139,7 +141,7 @@ def _windows(parts: Gated, width: int) -> Float[Tensor, "setting 1 1 part"]:
         for other, sibling in enumerate(parts.labels):
             alike = (site.kind, site.index, site.position) == (sibling.kind, sibling.index, sibling.position)
             distance = (sibling.layer or 0) - (site.layer or 0)
-            if alike and -((width - 1) // 2) <= distance <= width // 2:
+            if alike and -(width // 2) <= distance <= (width - 1) // 2:
                 gates[number, ..., other] = 0
     return gates
 

@@ -7,6 +7,7 @@ and column. Blocks before it are passed through, so that layer indices, masks an
 A reference lives as long as one `measure` or `gradient`: weights may change after it.
 """
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -73,6 +74,8 @@ def why_plain(model: Model) -> str:
         return "other edits are on"
     if model not in _REASONS:
         _REASONS[model] = _disproof(model)
+        if _REASONS[model]:
+            warnings.warn(f"every run of {model.name} is a whole one: started in the middle, {_REASONS[model]}", stacklevel=2)
     return _REASONS[model]
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchclamp.edits import Add, Mix
+from patchclamp.edits import Add
 from patchclamp.errors import GateError, SiteError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.editing import Edits
@@ -19,6 +19,7 @@ from patchclamp.models.model import Model
 from patchclamp.models.recording import Recorder
 from patchclamp.models.replay import reference, trimmed, why_plain
 from patchclamp.models.standing import Start, why_whole_vocabulary
+from patchclamp.parts.compiling import acts_on, mix
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
 from patchclamp.sites import KINDS, Site, select
 from patchclamp.tasks import Examples
@@ -28,15 +29,6 @@ MEMORY = 1 << 30
 """Bytes that the activations of one folded pass may take."""
 CACHE = 24 << 20
 """Bytes that the widest activation of one folded pass may take on a CPU: more settings at once run slower, out of its cache."""
-BY_HEAD = ("scores", "pattern")  # [row, head, query, key]; all others are [row, position, ...]
-WHOLE = ("k", "v")  # under a cache, what attention reads is every column
-
-
-def acts_on(site: Site) -> Site:
-    """The whole-layer site that a part's gate acts on: a head's is z, an MLP's what it adds to the residual stream."""
-    if site.kind == "head":
-        return Site("z", site.layer)
-    return Site("mlp.write", site.layer) if site.kind == "mlp" and site.index is None else replace(site.place, position=None)
 
 
 def gated(model: Model, sites: Sequence[Site | str], positions: Sequence[int | str] = (), memory: int = MEMORY) -> "Gated":
@@ -76,6 +68,8 @@ class Gated:
 
     def __init__(self, model: Model, labels: Sequence[Site], memory: int = MEMORY):
         self.model, self.memory = model, memory
+        self.most: int | None = None
+        """How many settings run at once at most, since memory ran out."""
         self.added: Float[Tensor, "row position width"] | None = None
         """What is added to the embeddings in every run."""
         self.labels: tuple[Site, ...] = tuple(labels)
@@ -207,76 +201,9 @@ class Gated:
         if not moved:
             return {}
         values = fallback.at(batch)
-        return {place: self._mix(place, mine, values[place], batch, start.column) for place, mine in moved.items()}
-
-    def _mix(
-        self,
-        place: Site,
-        gates: Float[Tensor, "setting row #position gate"],
-        value: Tensor,
-        batch: Batch | None,
-        column: int,
-    ) -> Mix:
-        sites, settings = [self.labels[number] for number in self.by_place[place]], len(gates)
-        by_head, whole = place.kind in BY_HEAD, place.kind in WHOLE
-        gate = self._units(sites, self._spread(sites, gates, batch))
-        if not whole:
-            gate = gate[:, :, column:] if gate.shape[2] > 1 else gate
-            axis = 2 if by_head else 1
-            if value.dim() > axis and value.shape[axis] > 1:
-                value = value.narrow(axis, column, value.shape[axis] - column)
-        gate = gate.flatten(0, 1)
-        if by_head:
-            gate = gate.transpose(1, 2)[..., None]
-        elif place.kind in ("q", "k", "v", "z"):
-            gate = gate[..., None]
-        return Mix(gate, value, settings)
-
-    def _spread(
-        self, sites: Sequence[Site], gates: Float[Tensor, "setting row #position gate"], batch: Batch | None
-    ) -> Float[Tensor, "setting row #position unit"]:
-        """Gates of parts at positions as gates at every column (1 where no part stands), one per unit."""
-        places: dict[int | str | None, list[int]] = {}
-        for number, site in enumerate(sites):
-            places.setdefault(site.position, []).append(number)
-        if set(places) == {None}:
-            return gates
-        assert batch is not None  # edits() has checked
-        units = sorted({site.index for site in sites}, key=lambda index: -1 if index is None else index)
-        if any([sites[number].index for number in numbers] != units for numbers in places.values()):
-            raise GateError("parts at one place must have the same positions each")
-        spread: Tensor | None = None
-        for position, numbers in places.items():
-            split = gates[..., numbers]
-            if not split.requires_grad and bool((split == 1).all()):
-                continue
-            if position is not None:
-                where = batch.columns(position).to(gates.device)[None, :, :, None]
-                split = torch.where(where, split, torch.ones_like(split))
-            spread = split if spread is None else spread * split
-        return torch.ones_like(gates[..., : len(units)]) if spread is None else spread
-
-    def _units(
-        self, sites: Sequence[Site], gates: Float[Tensor, "setting row #position gate"]
-    ) -> Float[Tensor, "setting row #position unit"]:
-        """Gates of some units of a place as gates of all of them."""
-        units = list(dict.fromkeys(site.index for site in sites))
-        place = acts_on(sites[0])
-        if units == [None] or place.layer is None:
-            return gates
-        total = self._count(place)
-        if units == list(range(total)):
-            return gates
-        full = torch.ones(*gates.shape[:3], total, device=gates.device, dtype=gates.dtype)
-        return full.index_copy(3, torch.tensor(units, device=gates.device), gates)
-
-    def _count(self, place: Site) -> int:
-        assert place.layer is not None
-        sizes = self.model.anatomy.sizes[place.layer]
-        if place.kind in ("k", "v"):
-            return sizes.kv_heads
-        counts = {"neuron": sizes.neurons, "expert": sizes.experts, "router": sizes.experts}
-        return counts.get(place.kind, sizes.heads) or 0
+        sites = {place: [self.labels[number] for number in self.by_place[place]] for place in moved}
+        sizes = self.model.anatomy.sizes
+        return {place: mix(place, sites[place], mine, values[place], batch, start.column, sizes) for place, mine in moved.items()}
 
     def measure(
         self,
@@ -316,18 +243,17 @@ class Gated:
                     try:
                         logits = self.model.target_logits(batch, edits, len(chunk), here)
                     except RuntimeError as error:
-                        self._shrink(error, len(chunk), batch, column)
+                        self._shrink(error, len(chunk))
                         continue
                     out |= zip(chunk, metric(logits, asked, plain), strict=True)
                     together = together[len(chunk) :]
         return torch.stack([out[number] for number in range(len(gates))])
 
-    def _shrink(self, error: RuntimeError, settings: int, batch: Batch, column: int) -> None:
+    def _shrink(self, error: RuntimeError, settings: int) -> None:
         """Where memory ran out with several settings at once, go on with half as many, and say so."""
-        if settings == 1 or not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):
+        if settings == 1 or not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise error
-        each = max(1, self.memory // max(1, self.fold(batch, column=column)))
-        self.memory = each * max(1, settings // 2)
+        self.most = settings // 2
         warnings.warn(f"memory ran out with {settings} settings at once: going on with {settings // 2}", stacklevel=3)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -425,7 +351,7 @@ class Gated:
         most = self.memory // (4 * (rows * (length - column) * per_token + vocabulary))
         if self.model.device.type == "cpu" and not backward:
             most = min(most, CACHE // (4 * rows * (length - column) * neurons))
-        return max(1, most)
+        return max(1, most if self.most is None or backward else min(most, self.most))
 
 
 @contextmanager

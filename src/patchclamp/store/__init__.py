@@ -257,7 +257,9 @@ def _difference(folder: Path, found: Manifest, plan: Any) -> str:
     old = load_plan(folder)
     changed = [key for key in sorted({*old, *plan}) if old.get(key) != plan.get(key)] if isinstance(plan, dict) else []
     flat = {key: _apart(old.get(key), plan.get(key)) for key in changed}
-    shown = ", ".join(f"{key}{name} {was!r:.60} there, {now!r:.60} here" for key, some in flat.items() for name, was, now in some)
+    shown = ", ".join(
+        f"{key}{name} {was!r:.60} there, {now!r:.60} here" for key, some in flat.items() for name, was, now in some[:3]
+    )
     return shown or f"task {found.task}, model {found.model}, with other weights, task or methods"
 
 

@@ -16,7 +16,8 @@ from patchclamp.tasks._task import Task
 from patchclamp.tasks._tokens import Tokenizer
 
 FIELDS = ("clean", "text", "corrupt", "answer", "wrong", "spans", "group", "targets", "mirrors")
-"""What a row may hold. `text` instead of `clean` makes it plain text, whose own tokens are predicted; other keys are ignored."""
+"""What a row may hold. `text` instead of `clean` makes it plain text, whose own tokens are predicted; other keys are
+ignored, unless they look misspelt."""
 
 
 class _Row(NamedTuple):
@@ -99,10 +100,10 @@ def _renamed(row: _Row, columns: Mapping[str, str]) -> _Row:
     rest = {name: row.fields[name] for name in FIELDS if name in row.fields and name not in columns}
     for name in row.fields:
         meant = get_close_matches(
-            str(name), [field for field in FIELDS if field not in row.fields and field not in columns], 1, 0.75
+            str(name), [field for field in FIELDS if field not in row.fields and field not in columns], 1, 0.85
         )
         if name not in FIELDS and name not in columns.values() and meant:
-            raise TaskError(f"{row.where} has a field {name!r}: is {meant[0]!r} meant?")
+            raise TaskError(f"{row.where} has a field {name!r}: is {meant[0]!r} meant? Rename it, or leave it out")
     return _Row(row.where, {name: value for name, value in {**rest, **named}.items() if not _missing(value)})
 
 
