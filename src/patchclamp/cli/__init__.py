@@ -40,8 +40,5 @@ def main() -> None:
 
         Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)))
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished steps are kept: run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
