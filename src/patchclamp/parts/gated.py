@@ -1,8 +1,7 @@
 """Gated sites: parts of any kind, each with a gate on what its site holds. Everything that measures goes through here."""
 
 import warnings
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -21,6 +20,7 @@ from patchclamp.models.replay import reference, trimmed, why_plain
 from patchclamp.models.standing import Start, why_whole_vocabulary
 from patchclamp.parts.compiling import acts_on, mix
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
+from patchclamp.parts.slopes import slopes
 from patchclamp.sites import KINDS, Site, select
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
@@ -184,9 +184,9 @@ class Gated:
             GateError: shapes that do not fit, or a fallback that has no value without a batch.
         """
         self._check(gates, batch)
-        return self._edits(gates, fallback, batch, Start())
+        return self.compiled(gates, fallback, batch, Start())
 
-    def _edits(
+    def compiled(
         self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None, start: Start
     ) -> Edits:
         """`edits` for runs from `start` on, whose settings are in its order."""
@@ -238,7 +238,7 @@ class Gated:
                 while together:
                     chunk = together[: self.fold(batch, column=column)]
                     here = start.rising(column, [firsts[number] or 0 for number in chunk])
-                    edits = self._edits(gates[chunk], fallback, batch, here)
+                    edits = self.compiled(gates[chunk], fallback, batch, here)
                     edits = edits if here.given else {**base, **edits}
                     try:
                         logits = self.model.target_logits(batch, edits, len(chunk), here)
@@ -313,30 +313,7 @@ class Gated:
         Cost: one forward and one backward pass over the batch per setting, from the first column at which the fallback differs
         from the model itself. Only gates require gradients: weights never do.
         """
-        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
-        values: list[Tensor] = []
-        slopes: list[Tensor] = []
-        with frozen(self.model), torch.no_grad():
-            base: Edits = {} if self.added is None else {Site("embed"): Add(self.added)}
-            plain = self.model.target_logits(batch, base)[0] if metric.reference else None
-            start = self._behind(batch, fallback)
-            for some in gates.split(self.fold(batch, backward=True)):
-                with torch.enable_grad():
-                    leaf = some.detach().expand(-1, len(batch), -1, -1).clone().requires_grad_()
-                    edits = {**base, **self._edits(leaf, fallback, batch, start)}
-                    logits = self.model.target_logits(batch, edits, len(some), start)
-                    value = metric(logits, batch, plain)
-                    (slope,) = torch.autograd.grad(value.sum(), leaf)
-                values.append(value.detach())
-                slopes.append(slope.squeeze(2) if slope.shape[2] == 1 else slope)
-        return torch.cat(values), torch.cat(slopes)
-
-    def _behind(self, batch: Batch, fallback: Fallback) -> Start:
-        """The start at the first column at which any gate can make a difference."""
-        column = min(fallback.since(batch), int(batch.target_position.min()))
-        if 4 * column < batch.tokens.shape[1] or self.added is not None or why_plain(self.model):
-            return Start()
-        return reference(self.model, batch, inputs=False).rising(column, [])
+        return slopes(self, batch, gates, fallback, metric or metric_named(batch.metric))
 
     def fold(self, batch: Batch, backward: bool = False, column: int = 0) -> int:
         """How many settings run at once: as many as `memory` allows."""
@@ -352,16 +329,3 @@ class Gated:
         if self.model.device.type == "cpu" and not backward:
             most = min(most, CACHE // (4 * rows * (length - column) * neurons))
         return max(1, most if self.most is None or backward else min(most, self.most))
-
-
-@contextmanager
-def frozen(model: Model) -> Generator[None]:
-    """No weight requires a gradient while this is open; what did before does again after it."""
-    wanted = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
