@@ -33,6 +33,10 @@ class GateError(PatchclampError):
     """Gates, fallbacks or edits that do not fit the model, the batch or each other."""
 
 
+class BudgetError(PatchclampError):
+    """An amount of memory that does not parse, or that the device does not have."""
+
+
 class MetricError(PatchclampError):
     """A metric that the batch or the method cannot serve."""
 
