@@ -80,10 +80,11 @@ class Study:
 
 
 @dataclass
-class _Work:
+class Work:
     """One map while it runs: what every step needs, and what the steps have found."""
 
     model: Model
+    task: Task
     plan: Plan
     run: Run
     split: Split
@@ -133,26 +134,32 @@ def map(
         TaskError: too few prompts fit the tokenizer.
         PatchclampError: anything else that was asked and cannot be, with what to do.
     """
-    plan, run = plan or Plan(), run or Run.unsaved()
+    task = load_task(task) if isinstance(task, str) else task
+    return carry_out(begin(model, task, plan or Plan(), run or Run.unsaved(), progress), do)
+
+
+def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
+    """The steps of a map that has begun."""
     if unknown := set(do) - set(STEPS):
         raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join(STEPS)}")
-    task = load_task(task) if isinstance(task, str) else task
-    do = {*do, *(step for name, step in FINISHED.items() if name in run.seconds)}  # what a run has found stays in it
-    work = _begin(model, task, plan, run, progress or (lambda what, done, of: None))
-    if {"attribute", "verify", "gate"} & set(do):
-        _verify(work, whole="verify" in do)
+    do = {*do, *(step for name, step in FINISHED.items() if name in work.run.seconds)}  # what a run has found stays in it
+    score(work, do)
+    if "verify" in do:
+        _shift(work)
     if "attribute" in do or "verify" in do:
-        _attribute(work, ("gradient", "integrated", "random") if "verify" in do else (plan.method,))
+        _agree(work)
     if "gate" in do:
         _gate(work)
     if {"discover", "trust"} & set(do):
         _discover(work)
     if "trust" in do:
         _trust(work)
-    return _finish(work, task, run)
+    return _finish(work)
 
 
-def _begin(model: Model, task: Task, plan: Plan, run: Run, told: Progress) -> _Work:
+def begin(model: Model, task: Task, plan: Plan, run: Run, progress: Progress | None = None) -> Work:
+    """Prompts, parts, fallback and baseline; raises `BaselineError` where the model does not show the behaviour."""
+    told = progress or (lambda what, done, of: None)
     split = task.split(model.tokenizer, plan.n, seed=plan.seed)
     parts = nodes(model)
     kind = plan.fallback or ("resample" if split.fit[0].corrupt is not None else "mean")
@@ -160,7 +167,7 @@ def _begin(model: Model, task: Task, plan: Plan, run: Run, told: Progress) -> _W
     metric = steps.metric_for(split.confirm, plan.metric)
     baseline = run.step("baseline", steps.baseline, parts, split.confirm, fallback, metric)
     steps.require(baseline, split.confirm, plan.min_accuracy)
-    work = _Work(model, plan, run, split, parts, kind, fallback, metric, baseline, told)
+    work = Work(model, task, plan, run, split, parts, kind, fallback, metric, baseline, told)
     if fallback.off_distribution:
         work.warnings.append(
             f"The fallback {kind} puts in values that the model never computes itself: effects may be of the shock, not of the part."
@@ -172,33 +179,49 @@ def _begin(model: Model, task: Task, plan: Plan, run: Run, told: Progress) -> _W
     return work
 
 
-def _verify(work: _Work, whole: bool) -> None:
-    """Exact effects on prompts that nothing is fitted to; under a second fallback; behind random prefixes."""
-    found, plan, confirm = work.found, work.plan, work.split.confirm
-    found["exact"] = work.exact("exact", confirm, work.fallback)
-    if not whole:
-        return
-    if plan.second == work.kind:
+def score(work: Work, do: Collection[str]) -> None:
+    """Whatever gives each part a number on each prompt by itself: exact effects, attributions, effects for the circuit."""
+    if {"attribute", "verify", "gate"} & set(do):
+        work.found["exact"] = work.exact("exact", work.split.confirm, work.fallback)
+    if "verify" in do:
+        _second(work)
+    if "attribute" in do or "verify" in do:
+        names = ("gradient", "integrated", "random") if "verify" in do else (work.plan.method,)
+        work.found["attributions"] = work.run.step(
+            "-".join(("attribution", *names)), steps.attributions, work.parts, work.split.confirm, work.fallback, work.metric, names,
+            work.plan.seed, work.progress("attribution"),
+        )  # fmt: skip
+    if {"discover", "trust"} & set(do):
+        work.found["samples"] = work.run.step(
+            "select-effects", effects, work.parts, work.split.select, work.fallback, "exact", metric=work.metric, seed=work.plan.seed,
+            progress=work.progress("effects for the circuit"),
+        )  # fmt: skip
+
+
+def _second(work: Work) -> None:
+    """Exact effects under a second fallback."""
+    if work.plan.second == work.kind:
         raise PatchclampError(f"the second fallback is to be another than the first, and both are {work.kind!r}")
-    second = plan.second or ("mean" if work.kind.partition(":")[0] != "mean" else "zero")
-    found["second_fallback"] = second
-    found["second"] = work.exact("second", confirm, work.parts.fallback(second, fit=work.split.fit))
-    top = steps.top_parts(found["exact"], work.parts, 6)
-    if plan.direction == "denoising":
-        found["shifted"] = steps.Shifted(None, "prompts were not shifted: effects are of denoising")
+    second = work.plan.second or ("mean" if work.kind.partition(":")[0] != "mean" else "zero")
+    work.found["second_fallback"] = second
+    work.found["second"] = work.exact("second", work.split.confirm, work.parts.fallback(second, fit=work.split.fit))
+
+
+def _shift(work: Work) -> None:
+    """Exact effects of the top parts behind random prefixes."""
+    if work.plan.direction == "denoising":
+        work.found["shifted"] = steps.Shifted(None, "prompts were not shifted: effects are of denoising")
         return
-    found["shifted"] = work.run.step(
-        "shifted", steps.behind_prefixes, work.parts, work.model, confirm, work.kind, work.fallback, top, work.metric, plan.seed
-    )
-
-
-def _attribute(work: _Work, names: tuple[str, ...]) -> None:
-    """What cheaper methods say of the same parts on the same prompts, and how far it agrees with exact effects."""
-    found = work.found
-    found["attributions"] = work.run.step(
-        "-".join(("attribution", *names)), steps.attributions, work.parts, work.split.confirm, work.fallback, work.metric, names, work.plan.seed,
-        work.progress("attribution"),
+    top = steps.top_parts(work.found["exact"], work.parts, 6)
+    work.found["shifted"] = work.run.step(
+        "shifted", steps.behind_prefixes, work.parts, work.model, work.split.confirm, work.kind, work.fallback, top, work.metric,
+        work.plan.seed,
     )  # fmt: skip
+
+
+def _agree(work: Work) -> None:
+    """How far cheaper methods, the second fallback and shifted prompts agree with exact effects."""
+    found = work.found
     exact: Scores = found["exact"]
     found["agreement"] = {name: scores.agreement(exact) for name, scores in found["attributions"].items() if name != "exact"}
     if "second" in found:
@@ -207,7 +230,7 @@ def _attribute(work: _Work, names: tuple[str, ...]) -> None:
         found["agreement"]["random prefixes"] = found["shifted"].scores.agreement(exact)
 
 
-def _gate(work: _Work) -> None:
+def _gate(work: Work) -> None:
     """Learned gates: roles with their nulls, judged on prompts they were not fitted to."""
     split = work.split
     work.found["roles"] = work.run.step(
@@ -215,13 +238,9 @@ def _gate(work: _Work) -> None:
     )
 
 
-def _discover(work: _Work) -> None:
+def _discover(work: Work) -> None:
     """A circuit from exact effects on the select set."""
-    plan, split = work.plan, work.split
-    samples = work.run.step(
-        "select-effects", effects, work.parts, split.select, work.fallback, "exact", metric=work.metric, seed=plan.seed,
-        progress=work.progress("effects for the circuit"),
-    )  # fmt: skip
+    plan, split, samples = work.plan, work.split, work.found["samples"]
     sites = [work.parts.labels[number] for number in work.parts.counted]
     about = {"method": "exact", "metric": work.metric, "fallback": work.fallback.kind, "seed": plan.seed}
     scores = Scores.from_samples(sites, samples.double().numpy(), about, groups=groups_of(split.select), seed=plan.seed)
@@ -229,10 +248,10 @@ def _discover(work: _Work) -> None:
         "discover", discover, work.parts, split.select, work.fallback, scores, faithfulness=plan.faithfulness, by=plan.order,
         metric=work.metric,
     )  # fmt: skip
-    work.found |= {"circuit": circuit, "selected": scores, "samples": samples}
+    work.found |= {"circuit": circuit, "selected": scores}
 
 
-def _trust(work: _Work) -> None:
+def _trust(work: Work) -> None:
     """The circuit on the confirm set, against random circuits of its size and shape."""
     plan, found, confirm = work.plan, work.found, work.split.confirm
     resampled = resampled_circuits(
@@ -245,8 +264,8 @@ def _trust(work: _Work) -> None:
     )  # fmt: skip
 
 
-def _finish(work: _Work, task: Task, run: Run) -> Study:
-    found, model, confirm = work.found, work.model, work.split.confirm
+def _finish(work: Work) -> Study:
+    found, model, task, run, confirm = work.found, work.model, work.task, work.run, work.split.confirm
     trusted: Trusted | None = found.get("trusted")
     shifted: steps.Shifted | None = found.get("shifted")
     roles = found.get("roles")
