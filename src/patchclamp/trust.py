@@ -15,7 +15,7 @@ from torch import Tensor
 from patchclamp.circuit import Circuit
 from patchclamp.errors import MetricError
 from patchclamp.metrics import metric_named
-from patchclamp.parts import Fallback, Gates, Parts, benefits
+from patchclamp.parts import Fallback, Gates, Parts, benefits, sites_of
 from patchclamp.scores import Scores
 from patchclamp.scores.statistics import Interval
 from patchclamp.sites import Site
@@ -182,7 +182,7 @@ def _random_circuits(
 ) -> list[tuple[int, list[Site]]]:
     """Circuits of the same size and shape (as many parts of each kind), then a few of other sizes for the band."""
     rng = np.random.default_rng([seed, 7])
-    everything = [parts.labels[number] for number in parts.counted]
+    everything = sites_of(parts)
     by_kind: dict[str, list[Site]] = {}
     for site in everything:
         by_kind.setdefault(site.kind, []).append(site)

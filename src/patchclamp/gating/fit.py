@@ -14,7 +14,7 @@ from patchclamp.errors import NumericsError
 from patchclamp.gating.examples import balanced
 from patchclamp.gating.objective import GatingSettings, Stage, penalty, penalty_slope
 from patchclamp.metrics import METRICS
-from patchclamp.parts import Fallback, Parts
+from patchclamp.parts import Fallback, Parts, sites_of
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
@@ -152,7 +152,7 @@ def fit(
         "task": examples.task, "metric": "nll", "fallback": fallback.kind, "n": len(examples), "mirrored": ready.mirrored,
         "off_distribution": fallback.off_distribution, "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    labels = tuple(parts.labels[number] for number in parts.counted)
+    labels = tuple(sites_of(parts))
     return Gated(
         labels, free, pressed.take(slice(0, settings.seeds)), pressed.take(slice(settings.seeds, None)), settings,
         settings.pressure(len(labels)), about, ready.warnings,

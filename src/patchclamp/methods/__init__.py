@@ -16,8 +16,7 @@ from torch import Tensor
 from patchclamp.errors import MetricError, NumericsError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.parts import Fallback, Parts
-from patchclamp.scores import Scores
-from patchclamp.sites import Site
+from patchclamp.scores import Part, Scores
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 
@@ -130,7 +129,7 @@ def noise_floor(
     return float((differences[0] - differences[1]).abs().max())
 
 
-def counted(parts: Parts) -> list[Site]:
+def counted(parts: Parts) -> list[Part]:
     """The parts that methods score, in order."""
     return [parts.labels[number] for number in parts.counted]
 

@@ -7,6 +7,7 @@ leave with it, also after an exception.
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,9 @@ from patchclamp.models.scope import OPEN, eager, recomputed_alike
 from patchclamp.sites import Site
 
 TAPPED = ("q", "k", "v", "scores", "pattern")
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+CALL: ContextVar[Call] = ContextVar("patchclamp_call")
+"""What the module was called with whose input this thread is visiting: for who calls a block again, on another stream."""
 
 
 class Session:
@@ -98,11 +102,15 @@ class Session:
     def _on_input(self, change: Visitor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self not in OPEN.get():
             return None
-        if args:
-            value = change(args[0])
-            return None if value is args[0] else ((value, *args[1:]), kwargs)
-        value = change(kwargs["hidden_states"])
-        return None if value is kwargs["hidden_states"] else (args, kwargs | {"hidden_states": value})
+        token = CALL.set((args, kwargs))
+        try:
+            if args:
+                value = change(args[0])
+                return None if value is args[0] else ((value, *args[1:]), kwargs)
+            value = change(kwargs["hidden_states"])
+            return None if value is kwargs["hidden_states"] else (args, kwargs | {"hidden_states": value})
+        finally:
+            CALL.reset(token)
 
     def _on_output(self, change: Callable[[Any], Any], _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return change(output) if self in OPEN.get() else None

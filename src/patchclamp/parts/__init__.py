@@ -5,9 +5,12 @@ A part has a gate: open (1) it passes its value, closed (0) a fallback, between 
 """
 
 from patchclamp.parts.benefits import benefits
-from patchclamp.parts.contract import Gates, Parts
+from patchclamp.parts.contract import Gates, Parts, sites_of
+from patchclamp.parts.edges import Edges, edges
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback
 from patchclamp.parts.gated import Gated, gated
 from patchclamp.parts.nodes import Nodes, nodes
 
-__all__ = ["FALLBACKS", "Fallback", "Gated", "Gates", "Nodes", "Parts", "benefits", "gated", "nodes"]
+__all__ = [
+    "FALLBACKS", "Edges", "Fallback", "Gated", "Gates", "Nodes", "Parts", "benefits", "edges", "gated", "nodes", "sites_of",
+]  # fmt: skip

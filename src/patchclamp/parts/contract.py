@@ -1,15 +1,17 @@
 """The contract: what every kind of parts offers, and all that methods know of them."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
+from patchclamp.errors import GateError
 from patchclamp.metrics import Metric
 from patchclamp.models.editing import Edits
 from patchclamp.models.model import Model
 from patchclamp.parts.fallbacks import Fallback
+from patchclamp.scores import Part
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
@@ -20,12 +22,12 @@ Gates = Float[Tensor, "setting #example #position part"]
 
 @runtime_checkable
 class Parts(Protocol):
-    """The contract. `labels` are unique, in forward order, and parse back as sites."""
+    """The contract. `labels` are unique, in forward order, and parse back as sites (or, of edges, as edges)."""
 
     model: Model
 
     @property
-    def labels(self) -> tuple[Site, ...]:
+    def labels(self) -> tuple[Part, ...]:
         """Every gate's part; `embed` first, where it is one."""
         ...
 
@@ -46,11 +48,11 @@ class Parts(Protocol):
         """Gates of 0 for every counted part."""
         ...
 
-    def only(self, sites: Sequence[Site], settings: int = 1) -> Gates:
+    def only(self, sites: Sequence[Any], settings: int = 1) -> Gates:
         """Gates open for `sites` (and the embedding), closed for the rest: a circuit."""
         ...
 
-    def without(self, sites: Sequence[Site], settings: int = 1) -> Gates:
+    def without(self, sites: Sequence[Any], settings: int = 1) -> Gates:
         """Gates closed for `sites`, open for the rest."""
         ...
 
@@ -73,3 +75,13 @@ class Parts(Protocol):
     def edits(self, gates: Gates, fallback: Fallback, batch: Batch | None = None) -> Edits:
         """The gates as edits: what run, generate and training use."""
         ...
+
+
+def sites_of(parts: Parts) -> list[Site]:
+    """The counted parts, in order, for what is known of parts at sites alone; raises `GateError` where they are edges."""
+    found = [parts.labels[number] for number in parts.counted]
+    sites = [part for part in found if isinstance(part, Site)]
+    if len(sites) < len(found):
+        edge = next(part for part in found if not isinstance(part, Site))
+        raise GateError(f"this takes parts that stand at sites (nodes, gated), and {edge} is an edge: attribute scores edges")
+    return sites

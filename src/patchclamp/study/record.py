@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 
 from patchclamp.gating import Roles
-from patchclamp.parts import Parts
+from patchclamp.parts import Parts, sites_of
 from patchclamp.scores import Scores
 from patchclamp.store.record import Null, Trust
 from patchclamp.study.plan import Plan
@@ -21,7 +21,7 @@ def plan_of(plan: Plan) -> dict[str, Any]:
 
 def table(parts: Parts, found: Mapping[str, Any]) -> pl.DataFrame:
     """One row per counted part, with every column that the steps have filled."""
-    sites = [parts.labels[number] for number in parts.counted]
+    sites = sites_of(parts)
     rows = pl.DataFrame(
         {"site": [str(site) for site in sites], "layer": [site.layer for site in sites], "kind": [site.kind for site in sites],
          "index": [site.index for site in sites]},

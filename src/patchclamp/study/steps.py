@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.errors import BaselineError, MetricError, TaskError
-from patchclamp.methods import attribute, counted, groups_of
+from patchclamp.methods import attribute, groups_of
 from patchclamp.metrics import metric_named
 from patchclamp.models.model import Model
-from patchclamp.parts import Fallback, Parts, benefits
+from patchclamp.parts import Fallback, Parts, benefits, sites_of
 from patchclamp.scores import Scores
 from patchclamp.scores.statistics import mean_interval
 from patchclamp.sites import Site
@@ -177,5 +177,5 @@ def patterns(model: Model, examples: Examples, heads: Sequence[Site]) -> Pattern
 def top_parts(scores: Scores, parts: Parts, k: int, heads_only: bool = False) -> list[Site]:
     """The k parts of largest absolute score, in order."""
     values = dict(zip(scores.sites, scores.values(), strict=True))
-    sites = [site for site in counted(parts) if not heads_only or site.kind == "head"]
+    sites = [site for site in sites_of(parts) if not heads_only or site.kind == "head"]
     return sorted(sites, key=lambda site: -abs(float(values[site])))[:k]

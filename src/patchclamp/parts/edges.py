@@ -1,0 +1,296 @@
+"""Edges: what one part writes, as one other part reads it, with a gate each.
+
+A destination d (queries, keys or values of a head, an MLP, the logits) reads, with gates g_s on the edges from its sources s,
+
+    stream + sum over s of (1 - g_s) * (fallback_s - value_s)
+
+and everything else of the run is as the model computes it. `stream` and `value_s`, what s adds to the residual stream, are those
+of this very run. So one closed edge is path patching with everything else frozen, and many closed edges are the circuit of the
+others: what is behind a destination is always computed anew (Goldowsky-Dill et al. 2304.05969, Conmy et al. 2304.14997).
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchclamp.errors import FamilyError, GateError
+from patchclamp.metrics import Metric, metric_named
+from patchclamp.models.editing import Edits
+from patchclamp.models.model import Model
+from patchclamp.models.scope import OPEN
+from patchclamp.parts.edge_gates import Readers, closed, readers_of
+from patchclamp.parts.edge_reading import Desk, reading, reads_at
+from patchclamp.parts.edge_runs import measured
+from patchclamp.parts.edge_slopes import open_slopes
+from patchclamp.parts.edge_sources import Sources, place_of
+from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
+from patchclamp.parts.gated import MEMORY
+from patchclamp.parts.slopes import frozen
+from patchclamp.sites import Edge, Site, select
+from patchclamp.tasks import Examples
+from patchclamp.tasks._batch import Batch
+
+SOURCES = ("embed", "L*.h*", "L*.mlp")
+DESTINATIONS = ("L*.h*.q", "L*.kv*.k", "L*.kv*.v", "L*.mlp", "logits")
+
+
+def edges(
+    model: Model,
+    sources: Sequence[Site | str] = SOURCES,
+    destinations: Sequence[Site | str] = DESTINATIONS,
+    memory: int = MEMORY,
+) -> "Edges":
+    """Edges of a model as parts: every source with every destination that comes after it.
+
+    Args:
+        model: the model.
+        sources: sites or patterns among `embed`, heads (`L2.h5`) and MLPs (`L2.mlp`).
+        destinations: sites or patterns among queries (`L9.h6.q`), keys and values (`L9.kv2.k`; native under grouped-query
+            attention), MLPs (`L9.mlp`) and `logits`.
+        memory: bytes that one folded pass may take.
+
+    Raises:
+        SiteError: a pattern that fits no source, or no destination.
+        GateError: no source comes before any destination.
+    """
+    here = select([str(site) for site in sources], sources_of(model))
+    there = select([str(site) for site in destinations], destinations_of(model))
+    found = [Edge(source, target) for target in there for source in here if comes_before(model, source, target)]
+    if not found:
+        raise GateError(
+            f"no edge leads from {', '.join(map(str, here))} to {', '.join(map(str, there))}: nothing there comes before it"
+        )
+    return Edges(model, sorted(found), memory)
+
+
+def sources_of(model: Model) -> tuple[Site, ...]:
+    """All that writes to the residual stream: the embedding, heads, MLPs."""
+    found = [Site("embed")]
+    for layer, sizes in enumerate(model.anatomy.sizes):
+        found += [Site("head", layer, head) for head in range(sizes.heads)] + [Site("mlp", layer)]
+    return tuple(found)
+
+
+def destinations_of(model: Model) -> tuple[Site, ...]:
+    """All that reads the residual stream: queries, keys and values by head, MLPs, the logits.
+
+    Raises:
+        FamilyError: two blocks are one module, so that it cannot be said which of them reads.
+    """
+    if len({id(layer.block) for layer in model.anatomy.layers}) < model.layers:
+        raise FamilyError(f"{model.name}: blocks share one module, and edges into it would be edges into each of them")
+    kinds = ("q", "k", "v")
+    return (*(s for s in model.sites if (s.kind in kinds and s.index is not None) or s.kind == "mlp"), Site("logits"))
+
+
+def comes_before(model: Model, source: Site, target: Site) -> bool:
+    """Whether the stream that `target` reads holds what `source` writes."""
+    return place_of(model.anatomy, source).key[:2] < reads_at(model.anatomy, target).key[:2]
+
+
+class Edges:
+    """`Parts` on edges; make with `edges`. Every edge is counted, those from the embedding too: all closed is the corrupt run."""
+
+    def __init__(self, model: Model, labels: Sequence[Edge], memory: int = MEMORY):
+        self.model, self.memory = model, memory
+        self.labels: tuple[Edge, ...] = tuple(labels)
+        self.counted: tuple[int, ...] = tuple(range(len(self.labels)))
+
+    def __repr__(self) -> str:
+        return f"Edges({self.model.name!r}: {len(self.labels)} edges into {len(set(edge.target for edge in self.labels))} destinations)"
+
+    @cached_property
+    def index(self) -> dict[Edge, int]:
+        """Where each label's gate is."""
+        return {edge: number for number, edge in enumerate(self.labels)}
+
+    @cached_property
+    def _sources(self) -> Sources:
+        places = {place_of(self.model.anatomy, edge.source) for edge in self.labels}
+        return Sources(self.model, tuple(sorted(places)), self.memory // 4)
+
+    @cached_property
+    def _readers(self) -> tuple[Readers, ...]:
+        return readers_of(self.labels, self._sources)
+
+    def on(self, model: Model) -> "Edges":
+        """The same edges of another model of the same anatomy."""
+        return Edges(model, self.labels, self.memory)
+
+    def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
+        """Gates of 1: the model itself."""
+        return torch.ones(settings, 1, 1, len(self.labels), device=self.model.device)
+
+    def closed(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
+        """Gates of 0. With all edges of a model among the parts, and resample, this is the corrupt run."""
+        return torch.zeros_like(self.open(settings))
+
+    def only(self, sites: Sequence[Edge], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
+        """Gates open for these edges, closed for the rest: a circuit."""
+        gates = self.closed(settings)
+        gates[..., [self._find(edge) for edge in sites]] = 1
+        return gates
+
+    def without(self, sites: Sequence[Edge], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
+        """Gates closed for these edges, open for the rest."""
+        gates = self.open(settings)
+        gates[..., [self._find(edge) for edge in sites]] = 0
+        return gates
+
+    def _find(self, edge: Edge) -> int:
+        if edge not in self.index:
+            raise GateError(f"{edge} is not among the {len(self.labels)} edges ({self.labels[0]}, ... {self.labels[-1]})")
+        return self.index[edge]
+
+    def _check(self, gates: Tensor, batch: Batch) -> None:
+        if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
+            raise GateError(
+                f"gates are [setting, example, position, part] with {len(self.labels)} edges, not {tuple(gates.shape)}"
+            )
+        for axis, have, name in ((1, len(batch), "examples"), (2, batch.tokens.shape[1], "columns")):
+            if gates.shape[axis] not in (1, have):
+                raise GateError(f"gates for {gates.shape[axis]} {name} were given, and the batch has {have}")
+
+    def record(self, batch: Batch) -> Values:
+        """What sources write when the batch runs, by place. One forward pass."""
+        return self._sources.record(batch)
+
+    def fallback(self, kind: str, fit: Examples | None = None) -> Fallback:
+        """The rule called `kind`: resample, mean (learned on `fit`), zero; of what sources write.
+
+        Raises:
+            GateError: no such rule, or mean without a fit set.
+        """
+        if kind == "zero":
+            return Zero(self._sources.places, self.model.device)
+        if kind == "resample":
+            return Resample(self.record)
+        if kind.partition(":")[0] == "mean":
+            if fit is None or len(fit) == 0:
+                raise GateError("the fallback 'mean' is learned: give the fit set, fit=")
+            return learn_mean(self.record, fit, by=kind.partition(":")[2] or None)
+        raise GateError(f"there is no fallback {kind!r}: choose from {', '.join(FALLBACKS)} (mean:position, mean:span, mean:all)")
+
+    def edits(
+        self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None = None
+    ) -> Edits:
+        """Gates as edits for one pass over the batch, `len(gates)` settings side by side in its rows.
+
+        Edits of one call belong to one pass at a time: run them with `model.forward(batch, edits, settings=len(gates))`.
+
+        Raises:
+            GateError: shapes that do not fit; or no batch: a new token's keys would need those of its prompt read anew.
+        """
+        if batch is None:
+            raise GateError("gates on edges need the batch that runs, and generated tokens are in none: use nodes to generate")
+        self._check(gates, batch)
+        return self._edits(gates, fallback, batch, {})
+
+    def _edits(self, gates: Tensor, fallback: Fallback, batch: Batch, own: Values) -> Edits:
+        if not gates.requires_grad and bool((gates == 1).all()):
+            return {}
+        rows = expand_to_rows(gates, batch) if gates.shape[1] > 1 else gates
+        desk = Desk(self.model.anatomy, len(batch.tokens), self.memory // 2)
+        return reading(desk, closed(self._readers, self._sources, rows, fallback.at(batch), own))
+
+    def _alone(self) -> None:
+        if OPEN.get():
+            raise GateError("other edits are on, and what destinations read would not follow them: measure edges outside of them")
+
+    def _firsts(self, gates: Tensor) -> list[int | None]:
+        """By setting, the first block that reads something else (behind the last: the logits do); None: all gates are open."""
+        never = self.model.layers + 1
+        blocks = [self.model.layers if edge.target.layer is None else edge.target.layer for edge in self.labels]
+        shut = (gates != 1).flatten(1, 2).any(1).cpu()
+        found = torch.where(shut, torch.tensor(blocks), never).amin(1).tolist()
+        return [None if one == never else one for one in found]
+
+    def measure(
+        self,
+        batch: Batch,
+        gates: Float[Tensor, "setting #example #position part"],
+        fallback: Fallback,
+        metric: Metric | None = None,
+    ) -> Float[Tensor, "setting example"]:
+        """The metric for each setting and example, without gradient.
+
+        Cost: per setting, one forward pass from the first block that reads something else; for each destination with closed
+        edges (those whose gates are the same count once), its layer's norm and projections, or its MLP, once more; one pass for
+        the model itself, two more where several settings start in the middle; what the fallback costs.
+
+        Raises:
+            GateError: shapes that do not fit, or other edits are on.
+        """
+        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
+        self._check(gates, batch)
+        self._alone()
+        firsts = self._firsts(gates)
+        many = sum(first is not None for first in firsts) > 1
+        own = self._sources.own(batch) if many else {}
+
+        def edits_of(some: Sequence[int]) -> Edits:
+            return self._edits(gates[list(some)], fallback, batch, own)
+
+        with torch.no_grad():
+            return measured(self.model, batch, metric, firsts, edits_of, self.fold(batch))
+
+    def gradient(
+        self,
+        batch: Batch,
+        gates: Float[Tensor, "setting #example #position part"],
+        fallback: Fallback,
+        metric: Metric | None = None,
+    ) -> tuple[Float[Tensor, "setting example"], Float[Tensor, "setting example *position part"]]:
+        """The metric and its slope in every gate, per example.
+
+        With every gate open, the slope of edge s>d is <value_s - fallback_s, d metric / d what d reads>: edge attribution
+        patching (Syed et al. 2310.10348) for all edges from one forward and one backward pass, what each layer's norms,
+        projections and MLP cost forward once more and backward once per destination, and a matrix product per layer.
+
+        Other settings cost one forward and one backward pass each, in which every destination reads a stream of its own.
+
+        Returns:
+            values [setting, example] and slopes [setting, example, part]; where gates differ by position, slopes have that axis.
+        """
+        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
+        self._check(gates, batch)
+        self._alone()
+        plain = [bool((one == 1).all()) for one in gates]
+        values: list[Tensor] = []
+        slopes: list[Tensor] = []
+        with frozen(self.model):
+            spread = gates.shape[2] > 1
+            opened = (
+                open_slopes(self._sources, self._readers, len(self.labels), batch, fallback, metric, spread)
+                if any(plain)
+                else None
+            )
+            reference = self.model.target_logits(batch).detach()[0] if metric.reference and not all(plain) else None
+            for number, one in enumerate(plain):
+                if one and opened is not None:
+                    value, slope = opened
+                else:
+                    leaf = gates[number : number + 1].detach().expand(-1, len(batch), -1, -1).clone().requires_grad_()
+                    with torch.enable_grad():
+                        logits = self.model.target_logits(batch, self._edits(leaf, fallback, batch, {}))
+                        value = metric(logits, batch, reference)[0]
+                        (slope,) = torch.autograd.grad(value.sum(), leaf)
+                    slope = slope[0] if spread else slope[0].squeeze(1)
+                values.append(value.detach())
+                slopes.append(slope)
+        return torch.stack(values), torch.stack(slopes)
+
+    def fold(self, batch: Batch) -> int:
+        """How many settings run at once: as many as half of `memory` allows (reading takes the other half)."""
+        anatomy, width = self.model.anatomy, self.model.width
+        size = max(size.heads * size.head_width for size in anatomy.sizes)
+        neurons = max((size.neurons or 4 * width) for size in anatomy.sizes)
+        heads = max(size.heads for size in anatomy.sizes)
+        rows, length = batch.tokens.shape
+        kept = len(anatomy.sizes) * (size + 2 * width)
+        per_token = kept + 16 * width + 8 * size + 6 * neurons + 6 * heads * length
+        vocabulary = int(anatomy.config.vocab_size) * len(batch.target_row) * 3
+        return max(1, self.memory // 2 // (4 * (rows * length * per_token + vocabulary)))
