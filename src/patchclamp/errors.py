@@ -47,3 +47,7 @@ class NumericsError(PatchclampError):
 
 class StoreError(PatchclampError):
     """A run folder that is damaged, foreign or cannot be written."""
+
+
+class SweepError(PatchclampError):
+    """A sweep that cannot be read or run as asked: its plans, its workers, or the cluster that it is to run on."""

@@ -37,17 +37,22 @@ Bos = Annotated[
 ]
 
 
+def quiet() -> None:
+    """Nothing from libraries on the screen but errors."""
+    import logging
+
+    for library in ("transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def load_model(
     model: str, dtype: str | None = None, device: str | None = None, device_map: str | None = None, revision: str | None = None,
     tokenizer: str | None = None, trust: bool = False,
 ) -> "Model":  # fmt: skip
     """The model, with a word on the screen while it loads."""
-    import logging
-
     from patchclamp.models.model import Model
 
-    for library in ("transformers", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quiet()
     with err.status(f"loading {model}"):
         return Model.load(
             model,
