@@ -1,0 +1,281 @@
+"""Path patching: what a sender does to the metric through what certain receivers read, and through nothing else.
+
+Wang et al. 2211.00593, Goldowsky-Dill et al. 2304.05969.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchclamp.edits import Put
+from patchclamp.errors import GateError
+from patchclamp.methods import Direction, groups_of
+from patchclamp.metrics import Metric, metric_named
+from patchclamp.models.editing import Edit, Edits, Seen
+from patchclamp.models.model import Model
+from patchclamp.models.recording import Recorder
+from patchclamp.models.scope import OPEN
+from patchclamp.parts import Edges, Fallback, Gated, gated
+from patchclamp.parts.edge_reading import Changed, Desk, Streams, User, reading, reads_at
+from patchclamp.parts.edge_runs import measured
+from patchclamp.parts.edge_sources import Sources, place_of
+from patchclamp.parts.edges import comes_before, destinations_of, sources_of
+from patchclamp.parts.gated import MEMORY
+from patchclamp.scores import Scores
+from patchclamp.sites import Edge, Site, select
+from patchclamp.tasks import Examples
+from patchclamp.tasks._batch import Batch
+
+BETWEEN = ("frozen", "mlps", "recomputed")
+"""What may follow from the sender in the first run."""
+
+
+def path_patching(
+    model: Model,
+    examples: Examples,
+    senders: Sequence[Site | str] = ("L*.h*",),
+    receivers: Sequence[Site | str] = ("logits",),
+    *,
+    between: str = "frozen",
+    joint: bool = False,
+    fallback: str = "resample",
+    fit: Examples | None = None,
+    metric: str | Metric | None = None,
+    direction: Direction = "noising",
+    batch_size: int = 16,
+    seed: int = 0,
+    memory: int = MEMORY,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Give each sender its fallback, let receivers read what follows from that, and nobody else.
+
+    Two runs of each prompt: in the first the sender has its fallback and the streams that receivers read are kept; in the
+    second, nothing is changed but that the receivers read those streams. What is behind them is always computed anew.
+    score = benefit(the model itself) - benefit(second run).
+
+    Args:
+        model: the model.
+        examples: the prompts.
+        senders: sites or patterns among `embed`, heads (`L*.h*`) and MLPs (`L*.mlp`).
+        receivers: sites or patterns among `L9.h6.q`, `L9.kv2.k`, `L9.kv2.v`, `L9.mlp` and `logits`.
+        between: what may follow from the sender in the first run. "frozen": nothing, so that the direct edge alone is meant
+            (one closed gate of `edges`; of a head behind a post-norm, its share of what attention writes). "mlps": MLPs, while
+            all other heads keep their own z: the choice of Wang et al. "recomputed": everything, so all paths from the sender
+            to the receivers are meant.
+        joint: all receivers at once, a score per sender, instead of a score per sender and receiver.
+        fallback: resample, mean or zero: what the sender gets.
+        fit: where the mean is learned.
+        metric: by default the task's.
+        direction: "noising" as above; "denoising" runs the corrupt prompts, where the sender gets its clean value, and
+            score = benefit(second run) - benefit(the model itself).
+        batch_size: examples at once.
+        seed: of the bootstrap.
+        memory: bytes that one folded pass may take.
+        progress: told how many examples of how many are done.
+
+    Returns:
+        A row per edge `sender>receiver` (or, joint, per sender), with intervals over examples.
+
+    Cost: per batch two passes, or what else the fallback costs, and one for the model itself; per sender, unless frozen, one
+    pass up to the last receiver; per sender and receiver (joint: per sender) one pass, and what the receiver's norm and
+    projections (or MLP) cost once more. Settings are folded into the rows.
+
+    Raises:
+        SiteError: a pattern that fits nothing.
+        GateError: no sender comes before any receiver, a variant that there is not, or other edits are on.
+    """
+    if between not in BETWEEN:
+        raise GateError(f"between sender and receiver there may be {', '.join(BETWEEN)}, not {between!r}")
+    if OPEN.get():
+        raise GateError("other edits are on, and what receivers read would not follow them: patch paths outside of them")
+    here = select([str(site) for site in senders], sources_of(model))
+    there = select([str(site) for site in receivers], destinations_of(model))
+    routes = _routes(model, here, there, joint)
+    if not routes:
+        raise GateError(
+            f"no path leads from {', '.join(map(str, here))} to {', '.join(map(str, there))}: nothing there comes before it"
+        )
+    which = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
+    sender = _Frozen.of(model, routes, fallback, fit, memory) if between == "frozen" else _Running.of(
+        model, routes, fallback, fit, memory, frozen_heads=between == "mlps")  # fmt: skip
+    pieces, done = list[Tensor](), 0
+    for whole in examples.batches(batch_size):
+        batch = (whole.swapped() if direction == "denoising" else whole).to(model.device)
+        pieces.append(which.sign * _effects(model, batch, which, routes, sender, memory).cpu())
+        done += len(whole)
+        if progress is not None:
+            progress(done, len(examples))
+    table = torch.cat(pieces, 1).double() * (-1.0 if direction == "denoising" else 1.0)
+    about = {"method": "path patching", "between": between, "metric": which.name, "fallback": fallback, "n": len(examples),
+             "seed": seed, "direction": direction, "model": model.name, "task": examples.task}  # fmt: skip
+    about |= {"through": [str(site) for site in there]} if joint else {}
+    labels = [route.sender if joint else Edge(route.sender, route.receivers[0]) for route in routes]
+    return Scores.from_samples(labels, table.numpy(), about, groups=groups_of(examples), seed=seed)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """One setting: a sender, and the receivers that read what follows from it."""
+
+    sender: Site
+    receivers: tuple[Site, ...]
+
+
+def _routes(model: Model, senders: Sequence[Site], receivers: Sequence[Site], joint: bool) -> list[_Route]:
+    """In the order of the receivers, then of the senders (joint: of the senders)."""
+    if joint:
+        reached = {one: tuple(site for site in receivers if comes_before(model, one, site)) for one in senders}
+        return [_Route(sender, found) for sender, found in reached.items() if found]
+    return [_Route(sender, (site,)) for site in receivers for sender in senders if comes_before(model, sender, site)]
+
+
+def _effects(
+    model: Model, batch: Batch, metric: Metric, routes: Sequence[_Route], first: "_Frozen | _Running", memory: int
+) -> Float[Tensor, "route example"]:
+    """The metric of the model itself less that of the second run, by route; a few senders after others."""
+    with torch.no_grad():
+        itself = model.target_logits(batch)
+        own = metric(itself, batch, itself[0] if metric.reference else None)[0]
+        out = own.new_zeros(len(routes), len(own))
+        senders = sorted({route.sender for route in routes})
+        edges = Edges(model, [Edge(route.sender, site) for route in routes for site in route.receivers], memory)
+        most = edges.fold(batch)
+        for start in range(0, len(senders), most):
+            some = senders[start : start + most]
+            streams = first.streams(batch, some)
+            mine = [number for number, route in enumerate(routes) if route.sender in some]
+            chosen = [routes[number] for number in mine]
+            firsts = [min(_block(model, site) for site in route.receivers) for route in chosen]
+
+            def edits_of(settings: Sequence[int], some: Sequence[Site] = some, chosen: Sequence[_Route] = chosen,
+                         streams: Mapping[Site, Tensor] = streams) -> Edits:  # fmt: skip
+                return _second(model, batch, [chosen[number] for number in settings], some, streams, memory)
+
+            out[mine] = own - measured(model, batch, metric, firsts, edits_of, most)
+    return out
+
+
+def _block(model: Model, receiver: Site) -> int:
+    return model.layers if receiver.layer is None else receiver.layer
+
+
+def _second(
+    model: Model, batch: Batch, routes: Sequence[_Route], senders: Sequence[Site], streams: Mapping[Site, Tensor], memory: int
+) -> Edits:
+    """The edits of the second run: receivers read the streams of the first."""
+    at: dict[Site, dict[tuple[int, Site], int]] = {}
+    users: dict[Site, list[User]] = {}
+    for setting, route in enumerate(routes):
+        for receiver in route.receivers:
+            place = reads_at(model.anatomy, receiver)
+            read = at.setdefault(place, {}).setdefault((setting, route.sender), len(at[place]))
+            users.setdefault(place, []).append(User(receiver, setting, read))
+    changed: dict[Site, Changed] = {
+        place: _Given(streams[place][[senders.index(sender) for _, sender in reads]], users[place]) for place, reads in at.items()
+    }
+    return reading(Desk(model.anatomy, len(batch.tokens), memory // 2), changed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """Streams that are known, as `Changed`."""
+
+    known: Streams
+    users: Sequence[User]
+    reads: tuple[Site, ...] = ()
+
+    def streams(self, own: Float[Tensor, "setting row position width"], seen: Seen) -> Streams:
+        return self.known
+
+
+@dataclass(frozen=True, eq=False)
+class _Frozen:
+    """The first run where nothing follows from the sender but its own write: no run at all."""
+
+    sources: Sources
+    fallback: Fallback
+    places: tuple[Site, ...]
+
+    @classmethod
+    def of(cls, model: Model, routes: Sequence[_Route], fallback: str, fit: Examples | None, memory: int) -> "_Frozen":
+        edges = Edges(model, [Edge(route.sender, site) for route in routes for site in route.receivers], memory)
+        places = tuple(sorted({place_of(model.anatomy, route.sender) for route in routes}))
+        return cls(Sources(model, places, memory // 4), edges.fallback(fallback, fit), _places(model, routes))
+
+    def streams(self, batch: Batch, senders: Sequence[Site]) -> Mapping[Site, Streams]:
+        """By place, the own stream with each sender's fallback in place of its value."""
+        sources, values = self.sources, self.fallback.at(batch)
+        model, own = sources.model, sources.own(batch)
+        recorder = Recorder(model.anatomy, self.places)
+        with recorder.session().open():
+            model.forward(batch, columns=torch.zeros(1, dtype=torch.long, device=model.device))
+        added: list[Tensor] = []
+        for sender in senders:
+            place = place_of(model.anatomy, sender)
+            added.append(sources.difference(place, [sender.index or 0], values[place], own)[:, :, 0])
+        apart = torch.stack(added)
+        return {place: recorder.kept[place] + apart.to(recorder.kept[place]) for place in self.places}
+
+
+class _Read(Exception):
+    """The last stream is kept: the rest of the model need not run."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """The first run where MLPs, or everything, follows from the sender."""
+
+    parts: Gated
+    fallback: Fallback
+    places: tuple[Site, ...]
+    frozen_heads: bool
+
+    @classmethod
+    def of(
+        cls, model: Model, routes: Sequence[_Route], fallback: str, fit: Examples | None, memory: int, frozen_heads: bool
+    ) -> "_Running":
+        parts = Gated(model, sorted({route.sender for route in routes}), memory)
+        return cls(parts, parts.fallback(fallback, fit), _places(model, routes), frozen_heads)
+
+    def streams(self, batch: Batch, senders: Sequence[Site]) -> Mapping[Site, Streams]:
+        """By place, the streams of runs in which each sender has its fallback."""
+        model, kept, last = self.parts.model, dict[Site, Tensor](), self.places[-1]
+        gates = self.parts.open(len(senders))
+        for number, sender in enumerate(senders):
+            gates[number, ..., self.parts.index[sender]] = 0
+        edits: dict[Site, list[Edit]] = {}
+        if self.frozen_heads:
+            frozen = gated(model, ["L*.z"]).record(batch)
+            edits = {place: [Put(z)] for place, z in frozen.items()}
+        for site, edit in self.parts.edits(gates, self.fallback, batch).items():
+            edits.setdefault(site, []).extend([edit] if isinstance(edit, Edit) else edit)
+
+        for place in self.places:
+            edits.setdefault(place, []).append(_Keep(place, kept, place == last))
+        with suppress(_Read):
+            model.forward(batch, edits, settings=len(senders))
+        return {place: kept[place].unflatten(0, (len(senders), -1)) for place in self.places}
+
+
+@dataclass(frozen=True, eq=False)
+class _Keep:
+    """Keeps a stream; the last one ends the run."""
+
+    place: Site
+    kept: dict[Site, Tensor]
+    last: bool
+
+    def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
+        self.kept[self.place] = value
+        if self.last:
+            raise _Read
+        return value
+
+
+def _places(model: Model, routes: Sequence[_Route]) -> tuple[Site, ...]:
+    """Where the streams are that receivers read, in forward order."""
+    return tuple(sorted({reads_at(model.anatomy, site) for route in routes for site in route.receivers}))
