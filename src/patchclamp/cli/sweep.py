@@ -1,7 +1,7 @@
 """The command for many plans: sweep."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -20,7 +20,7 @@ List = Annotated[bool, typer.Option("--list", "--dry-run", help="Print the plans
 On = Annotated[str, typer.Option(help="here (one after the other), or ray.")]
 Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: auto, or host:port; by default one is started here.")]
 Workers = Annotated[int | None, typer.Option(help="On Ray; by default as many as there is room for.")]
-Cpus = Annotated[float, typer.Option(help="Processors and threads of a worker on Ray.")]
+Cpus = Annotated[int, typer.Option(help="Processors and threads of a worker on Ray.")]
 Gpus = Annotated[float | None, typer.Option(help="GPUs of a worker on Ray; by default 1 where there are any.")]
 Shards = Annotated[int, typer.Option(help="Pieces that a plan's examples are dealt into, to be scored by as many workers.")]
 
@@ -44,7 +44,6 @@ def sweep(
         with common.err.status(f"loading the models of {len(cases)} plans"):
             _show(Swept(identified(cases, out), out), as_json)
         return
-    where: Any = on
     with common.bars() as bars:
         bars.progress("plans", 0, len(cases))
 
@@ -55,7 +54,7 @@ def sweep(
 
         try:
             swept = carry_out(
-                cases, out, on=where, address=address, workers=workers, cpus=cpus, gpus=gpus, shards=shards, progress=ended
+                cases, out, on=on, address=address, workers=workers, cpus=cpus, gpus=gpus, shards=shards, progress=ended
             )
         except KeyboardInterrupt:
             common.err.print(Text("interrupted; finished plans and steps are kept: run the same command again to go on"))

@@ -10,7 +10,6 @@ interrupted goes on at its last finished step, and one that fails does not stop 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from patchclamp.errors import StoreError, SweepError
 from patchclamp.sweep.case import Case
@@ -27,10 +26,10 @@ def sweep(
     plans: str | Path | Sequence[Case],
     out: str | Path = "runs",
     *,
-    on: Literal["here", "ray"] = "here",
+    on: str = "here",
     address: str | None = None,
     workers: int | None = None,
-    cpus: float = 1,
+    cpus: int = 1,
     gpus: float | None = None,
     shards: int = 1,
     progress: Progress | None = None,
@@ -116,7 +115,7 @@ def _checked(plans: str | Path | Sequence[Case]) -> tuple[Case, ...]:
     return cases
 
 
-def _pool(place: Place, on: str, address: str | None, workers: int | None, cpus: float, gpus: float | None, most: int) -> Pool:
+def _pool(place: Place, on: str, address: str | None, workers: int | None, cpus: int, gpus: float | None, most: int) -> Pool:
     if on == "ray":
         from patchclamp.sweep.on_ray import OnRay
 

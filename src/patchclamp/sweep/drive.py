@@ -5,7 +5,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from patchclamp.errors import PatchclampError
 from patchclamp.store import load_record
@@ -28,6 +28,7 @@ class Ended:
     outcome: Outcome | None
 
 
+@runtime_checkable
 class Pool(Protocol):
     """Workers, wherever they are."""
 

@@ -4,7 +4,7 @@ Ray's own retries are off: an actor that is started again has lost its model, an
 often, is for the sweep to say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from patchclamp.errors import SweepError
@@ -33,9 +33,7 @@ class OnRay:
         SweepError: Ray is not installed, the cluster cannot be reached, or it has no room for one worker.
     """
 
-    def __init__(
-        self, place: Place, address: str | None, workers: int | None, cpus: float, gpus: float | None, most: int
-    ) -> None:
+    def __init__(self, place: Place, address: str | None, workers: int | None, cpus: int, gpus: float | None, most: int) -> None:
         self._ray = ray = _ray()
         self._mine = not ray.is_initialized()
         if self._mine:
@@ -46,14 +44,14 @@ class OnRay:
             room = room_for(have, cpus, gpus)
             if not room:
                 raise SweepError(
-                    f"a worker of {cpus:g} processors and {gpus:g} GPUs was asked for, and the cluster has {have.get('CPU', 0):g} and "
+                    f"a worker of {cpus} processors and {gpus:g} GPUs was asked for, and the cluster has {have.get('CPU', 0):g} and "
                     f"{have.get('GPU', 0):g}: ask for less with --cpus and --gpus, or give a larger cluster"
                 )
         except BaseException:
             self.close()
             raise
         self._make = ray.remote(Worker).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
-        self._given = (place, max(1, int(cpus)))
+        self._given = (place, cpus)
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, int] = {}
         self._running: dict[Any, tuple[int, Job]] = {}
@@ -126,7 +124,7 @@ class OnRay:
         self._ray.kill(self._actors.pop(worker))
 
 
-def room_for(have: dict[str, float], cpus: float, gpus: float) -> int:
+def room_for(have: Mapping[str, float], cpus: int, gpus: float) -> int:
     """How many workers fit into what a cluster has in all."""
     return int(min(have.get("CPU", 0) / cpus, have.get("GPU", 0) / gpus if gpus else float("inf")))
 
@@ -141,11 +139,11 @@ def _ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, address: str | None, workers: int | None, cpus: float) -> None:
+def _connect(ray: Any, address: str | None, workers: int | None, cpus: int) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": STORE}
-        options |= {"num_cpus": max(1, round(workers * cpus))} if workers else {}
+        options |= {"num_cpus": workers * cpus} if workers else {}
     try:
         ray.init(**{"address": address, **options})
     except (ConnectionError, ValueError, RuntimeError, ImportError) as error:

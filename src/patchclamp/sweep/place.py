@@ -121,6 +121,8 @@ def put_in_place(folder: Path, files: Files) -> None:
             landed.replace(folder)
     except OSError as error:
         raise StoreError(f"{folder} cannot be written ({error.strerror or error}): make room, or give another --out") from None
+    finally:
+        shutil.rmtree(landed, ignore_errors=True)
 
 
 def is_finished(folder: Path, digest: str, steps: tuple[str, ...]) -> bool:

@@ -70,12 +70,12 @@ def row_of(case: Case, state: State, digest: str, folder: Path, record: Record) 
     """The row of a finished run."""
     base, trust = record.baseline, record.trust
     found: dict[str, float | None] = {
-        "n": base.n,
+        "n": float(base.n),
         "accuracy": base.accuracy,
         "open": base.open.mean,
         "closed": base.closed.mean,
-        "parts": record.scores.height,
-        "circuit": None if record.circuit is None else len(record.circuit),
+        "parts": float(record.scores.height),
+        "circuit": None if record.circuit is None else float(len(record.circuit)),
         "faithfulness": None if trust is None else trust.faithfulness.mean,
         "random": None if trust is None else trust.random.mean,
     }

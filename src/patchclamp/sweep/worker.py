@@ -74,7 +74,7 @@ class Worker:
         from patchclamp.study.provenance import identity
         from patchclamp.sweep.pieces import batches_of
 
-        model, task = self._model(case), case.load_task()
+        task, model = case.load_task(), self._model(case)
         pieces = min(shards, batches_of(model, task, case)) if shards > 1 else 1
         return identity(model, task, case.plan), pieces
 
@@ -82,7 +82,7 @@ class Worker:
         """Score a piece of the examples and keep the answers."""
         from patchclamp.sweep.pieces import answers
 
-        model, task = self._model(case), case.load_task()
+        task, model = case.load_task(), self._model(case)
         with self.place.landing(self.place.piece(digest, *piece)) as landing:
             asked = {"plan": case.plan, "steps": case.steps, "piece": piece}
             named = f"{digest}:{piece[0]}/{piece[1]}:{','.join(sorted(case.steps))}"
@@ -96,7 +96,7 @@ class Worker:
         from patchclamp.study import begin, carry_out, open_run
         from patchclamp.sweep.pieces import noting
 
-        model, task = self._model(case), case.load_task()
+        task, model = case.load_task(), self._model(case)
         with self.place.landing(self.place.run(digest)) as landing:
             with open_run(landing.folder, model, task, case.plan, source=case.source) as run:
                 work = begin(model, task, case.plan, run)
