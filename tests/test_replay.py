@@ -49,7 +49,8 @@ def parts_at(model: Model, kind: str, positions: tuple[int | str, ...]) -> Gated
 def test_every_site_of_every_family_from_the_middle(
     name: str, kind: str, data: st.DataObject, seed: int, fallback: str, positions: tuple[int | str, ...]
 ):
-    """Tolerance: float32 sums in another order, 1e-5 of the largest logit."""
+    """Tolerance: float32 sums in another order, 1e-5 of the largest logit; 1e-4 where the residual stream is put to zero, for
+    norms divide its rounding errors by sqrt(eps)."""
     model = model_of(name)
     assert why_plain(model) == ""
     parts = parts_at(model, kind, positions)
@@ -67,7 +68,8 @@ def test_every_site_of_every_family_from_the_middle(
         expected = plainly(parts, batch, gates, rule)
     scale = max(1.0, float(model.target_logits(batch).detach().abs().max()))
     parts.memory = data.draw(st.sampled_from([1, 1 << 30]))  # one at a time, or all at once
-    torch.testing.assert_close(parts.measure(batch, gates, rule), expected, atol=1e-5 * scale, rtol=0)
+    allowed = scale * (1e-4 if (fallback, kind[:5]) == ("zero", "resid") else 1e-5)
+    torch.testing.assert_close(parts.measure(batch, gates, rule), expected, atol=allowed, rtol=0)
 
 
 def test_every_metric_from_the_middle():

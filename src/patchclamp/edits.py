@@ -117,11 +117,11 @@ class Mix:
 
 
 def _between(fallback: Tensor, value: Tensor, gate: Tensor, site: Site) -> Tensor:
-    """lerp; of scores, what is masked (minus infinity on both sides) stays masked."""
+    """lerp; of scores, what the model has masked (minus infinity, or the lowest number there is) stays masked."""
     if site.kind != "scores":
         return torch.lerp(fallback, value, gate)
-    same = fallback == value
-    return torch.where(same, value, torch.lerp(fallback.masked_fill(same, 0), value.masked_fill(same, 0), gate))
+    masked = value < torch.finfo(value.dtype).min / 4
+    return torch.where(masked, value, torch.lerp(fallback.masked_fill(masked, 0), value.masked_fill(masked, 0), gate))
 
 
 def _fit(replacement: Tensor, value: Tensor, seen: Seen) -> Tensor:

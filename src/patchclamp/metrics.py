@@ -22,6 +22,7 @@ class Metric:
         name: what `--metric` calls it.
         wrong: whether it compares with wrong answers.
         normaliser: whether it needs the sum over the vocabulary (then the answers' logits alone do not do).
+        vocabulary: whether it needs every token's logit.
         reference: whether it needs the logits of the run with every gate open.
         sign: +1 where more is better, -1 where less is; `benefit = sign * value`.
         per_target: (logits, batch, reference) -> one number per setting and target.
@@ -30,13 +31,14 @@ class Metric:
     name: str
     wrong: bool
     normaliser: bool
+    vocabulary: bool
     reference: bool
     sign: int
     per_target: Callable[[Logits, Batch, Float[Tensor, "target token"] | None], Values]
 
     def answers_alone(self, batch: Batch) -> bool:
         """Whether the logits of the batch's right and wrong answers are all it needs."""
-        return not self.normaliser and not self.reference and (not self.wrong or batch.wrong is not None)
+        return not self.normaliser and not self.vocabulary and (not self.wrong or batch.wrong is not None)
 
     def __call__(
         self, logits: Logits, batch: Batch, reference: Float[Tensor, "target token"] | None = None
@@ -107,13 +109,13 @@ def _top1(logits: Logits, batch: Batch, _: object = None) -> Values:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("logit_diff", True, False, False, +1, _logit_diff),
-        Metric("probability", False, True, False, +1, lambda x, b, _: _log_probability(x, b).exp()),
-        Metric("probability_diff", True, True, False, +1, _probability_diff),
-        Metric("log_probability", False, True, False, +1, _log_probability),
-        Metric("nll", False, True, False, -1, lambda x, b, _: -_log_probability(x, b)),
-        Metric("kl", False, True, True, -1, _kl),
-        Metric("top1", False, True, False, +1, _top1),
+        Metric("logit_diff", True, False, False, False, +1, _logit_diff),
+        Metric("probability", False, True, False, False, +1, lambda x, b, _: _log_probability(x, b).exp()),
+        Metric("probability_diff", True, True, False, False, +1, _probability_diff),
+        Metric("log_probability", False, True, False, False, +1, _log_probability),
+        Metric("nll", False, True, False, False, -1, lambda x, b, _: -_log_probability(x, b)),
+        Metric("kl", False, True, True, True, -1, _kl),
+        Metric("top1", False, True, True, False, +1, _top1),
     )
 }
 """Every metric by name. `logit_diff` of several right or wrong tokens is the difference of their log-sum-exps; of answers

@@ -162,15 +162,25 @@ class Model:
         """Logits at the batch's targets, for `settings` copies of its rows. With gradient where one is recorded.
 
         Only the columns that hold targets are unembedded. `start` (from `replay.reference`) is where the run starts: edits may
-        act on its blocks and columns only.
+        act on its blocks and columns only; with a tree, on its runs.
 
         Raises:
             NumericsError: NaN among the logits.
         """
         batch = batch.to(self.device)
-        columns, place = batch.target_position.unique(return_inverse=True)
-        logits = self.forward(batch, edits, settings=settings, columns=columns, start=start)
-        logits = logits.unflatten(0, (settings, -1))[:, batch.target_row, place]
+        columns = batch.target_position.unique()
+        logits = self.at_targets(batch, self.forward(batch, edits, settings=settings, columns=columns, start=start))
+        leaves = range(len(logits)) if start.tree is None else start.tree.leaves
+        return logits if list(leaves) == list(range(len(logits))) else logits[list(leaves)]
+
+    def at_targets(self, batch: Batch, logits: Float[Tensor, "row column token"]) -> Float[Tensor, "setting target token"]:
+        """Logits of copies of a batch's rows at the columns that hold targets, as logits at its targets.
+
+        Raises:
+            NumericsError: NaN among them.
+        """
+        place = batch.target_position.unique(return_inverse=True)[1]
+        logits = logits.unflatten(0, (-1, len(batch.tokens)))[:, batch.target_row, place]
         if not bool(torch.isfinite(logits).any(-1).all()) or bool(torch.isnan(logits).any()):
             raise NumericsError(
                 f"{self.name} gives NaN logits at the answer positions: the weights hold NaN, or the precision {self.dtype} "
@@ -191,25 +201,25 @@ class Model:
 
         Gradients flow to whatever requires them: weights of the model never do through here unless the caller says so.
         """
-        batch = batch.to(self.device)
+        batch, settings = batch.to(self.device), start.copies(settings)
         columns = None if columns is None else columns - start.column
         with self.editing(edits or {}, batch, settings=settings) as now:
             now.unembedded = columns if self.anatomy.keeps_logits else None
-            if start.column:
-                now.ran, width = start.column, batch.tokens.shape[1]
-                now.stretches = (Stretch(now.ran, width, "prompt", 0),)
+            if start.column or start.stop:
+                now.ran, stop = start.column, start.stop or batch.tokens.shape[1]
+                now.stretches = (Stretch(now.ran, stop, "prompt", 0),)
             return self._forward(batch, settings, columns, start)
 
     def _forward(
         self, batch: Batch, settings: int = 1, columns: Int[Tensor, " column"] | None = None, start: Start = Start()
     ) -> Float[Tensor, "row column token"]:
-        options = start.options(settings)
+        options, runs = start.options(settings), slice(start.column, start.stop)
         if self.anatomy.takes_positions:
-            options["position_ids"] = batch.position_ids[:, start.column :].repeat(settings, 1)
+            options["position_ids"] = batch.position_ids[:, runs].repeat(settings, 1)
         if columns is not None and self.anatomy.keeps_logits:
             options["logits_to_keep"] = columns
-        tokens, mask = batch.tokens[:, start.column :].repeat(settings, 1), batch.mask.long().repeat(settings, 1)
-        with still(self.hf), start.standing(self.anatomy, settings):
+        tokens, mask = batch.tokens[:, runs].repeat(settings, 1), batch.mask[:, : start.stop].long().repeat(settings, 1)
+        with still(self.hf), start.standing(self.anatomy):
             logits = self.hf(input_ids=tokens, attention_mask=mask, **options).logits
         if columns is not None and not self.anatomy.keeps_logits:
             logits = logits[:, columns]

@@ -2,7 +2,8 @@
 
 A gate in layer l changes nothing before layer l, and where it acts on columns from c on, nothing before c. So the model's own
 run is kept (the residual stream into each block; keys and values of the columns before c), and a setting starts at its block
-and column. Blocks before it are passed through, so that layer indices, masks and sliding windows stay right.
+and column. Blocks before it are passed through, so that layer indices, masks and sliding windows stay right. What several
+settings have in common runs once (`tree`); queries, keys and values of columns that have not changed are the model's own.
 
 A reference lives as long as one `measure` or `gradient`: weights may change after it.
 """
@@ -24,13 +25,24 @@ from patchclamp.models.model import Model
 from patchclamp.models.probe import probe_tokens
 from patchclamp.models.recording import Recorder
 from patchclamp.models.scope import OPEN, still
-from patchclamp.models.standing import Start, why_every_column
+from patchclamp.models.standing import Start, projections, why_every_column
+from patchclamp.models.tree import grow
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
 
-def reference(model: Model, batch: Batch, inputs: bool = True, prefix: bool = True) -> Start:
-    """What the model's own run of a batch holds: the residual stream at every block, and keys and values of every column.
+def reference(
+    model: Model, batch: Batch, inputs: bool = True, prefix: bool = True, projected: bool = False, routed: bool = False
+) -> Start:
+    """What the model's own run of a batch holds: the residual stream at every block, keys and values of every column, logits.
+
+    Args:
+        model: the model.
+        batch: the prompts.
+        inputs: keep the residual stream.
+        prefix: keep keys and values.
+        projected: keep what the maps to queries, keys and values give.
+        routed: keep what routers give, and give it to every run that starts here: routing is frozen.
 
     Cost: one forward pass over the batch.
     """
@@ -39,22 +51,36 @@ def reference(model: Model, batch: Batch, inputs: bool = True, prefix: bool = Tr
     batch = batch.to(model.device)
     cache: Any = DynamicCache()
     sites = [*(Site("resid.pre", layer) for layer in range(model.layers)), Site("resid.post", model.layers - 1)]
-    recorder, lengths = Recorder(model.anatomy, sites if inputs else []), [0] * model.layers
-    session = recorder.session()
+    recorder, lengths, made = Recorder(model.anatomy, sites if inputs else []), [0] * model.layers, dict[int, Any]()
+    session, columns = recorder.session(), batch.target_position.unique()
     options: dict[str, Any] = {"use_cache": True, "past_key_values": cache} if prefix else {"use_cache": False}
     if model.anatomy.takes_positions:
         options["position_ids"] = batch.position_ids
-    if model.anatomy.keeps_logits:
-        options["logits_to_keep"] = 1
+    if model.anatomy.keeps_logits and len(columns):
+        options["logits_to_keep"] = columns
     with torch.no_grad(), session.open(), still(model.hf):
         for number, layer in enumerate(model.anatomy.layers):
             session.rewrite(layer.block, partial(_measured, lengths, number))
-        model.hf(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
+            for module in projections(layer.attention, layer.output) if projected else ():
+                session.rewrite(module, partial(_made, made, id(module)))
+            if routed and layer.router is not None:
+                session.rewrite(layer.router, partial(_made, made, id(layer.router)))
+        logits = model.hf(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options).logits
+    logits = logits if model.anatomy.keeps_logits or not len(columns) else logits[:, columns]
     return Start(
         inputs=tuple(recorder.kept[site] for site in sites) if inputs else (),
         prefix=tuple((layer.keys, layer.values) for layer in cache.layers) if prefix else (),
         tuples=tuple(lengths),
+        projected={name: value for name, value in made.items() if isinstance(value, Tensor) and value.dim() == 3},
+        routed={name: value for name, value in made.items() if isinstance(value, tuple)},
+        width=batch.tokens.shape[1],
+        logits=model.at_targets(batch, logits)[0] if len(columns) else None,
     )
+
+
+def _made(made: dict[int, Any], name: int, output: Any) -> Any:
+    made[name] = output
+    return output
 
 
 def _measured(lengths: list[int], number: int, output: Any) -> Any:
@@ -63,12 +89,13 @@ def _measured(lengths: list[int], number: int, output: Any) -> Any:
 
 
 _REASONS: "WeakKeyDictionary[Model, str]" = WeakKeyDictionary()
+_CAPPED: "WeakKeyDictionary[Model, bool]" = WeakKeyDictionary()
 
 
 def why_plain(model: Model) -> str:
     """Why runs of this model cannot start in the middle now, or nothing where they can.
 
-    Proved once per model: a part scaled in the last block gives the same logits from the middle as from the beginning.
+    Proved once per model: parts scaled in the last blocks give the same logits from the middle as from the beginning.
     """
     if OPEN.get():
         return "other edits are on"
@@ -77,6 +104,17 @@ def why_plain(model: Model) -> str:
         if _REASONS[model]:
             warnings.warn(f"every run of {model.name} is a whole one: started in the middle, {_REASONS[model]}", stacklevel=2)
     return _REASONS[model]
+
+
+def capped(model: Model) -> bool:
+    """Whether the model does anything to its logits behind the unembedding (a cap, a scale), so that they do not stream."""
+    if model not in _CAPPED:
+        batch, final = token_batch(probe_tokens(model.anatomy)), Recorder(model.anatomy, [Site("final")])
+        with torch.no_grad(), final.session().open():
+            logits = model.forward(batch)
+            unembedded = model.anatomy.unembed(final.kept[Site("final")])
+        _CAPPED[model] = not torch.equal(logits, unembedded.to(logits.dtype))
+    return _CAPPED[model]
 
 
 def _halved(value: Tensor, seen: Seen, /) -> Tensor:
@@ -88,18 +126,20 @@ def _negated(value: Tensor, seen: Seen, /) -> Tensor:
 
 
 def _disproof(model: Model) -> str:
+    """Three runs that scale parts of the last block, from the first column and from a later one, in every way of starting."""
     last, batch = model.layers - 1, token_batch(probe_tokens(model.anatomy))
     edits: Edits = {Site("z", last): _halved, Site("mlp.write", last): _negated}
-    wanted = torch.tensor([3, 4], device=model.device)
+    wanted, patterns = torch.tensor([3, 4], device=model.device), [(0,) * (2 * last + 1) + (kind, 0) for kind in (1, 2, 3)]
     try:
         with torch.no_grad():
             plain = model.forward(batch, edits)[:, 3:].repeat(3, 1, 1)
-            kept, found = reference(model, batch), list[Tensor]()
+            kept, found = reference(model, batch, projected=True), list[Tensor]()
             for column in (0, 2):
-                start = kept.rising(column, [0, last, last])
-                found.append(model.forward(batch, edits, settings=3, start=start)[:, 3 - column :])
-                start = trimmed(model, kept, wanted).rising(column, [0, 0, last])
-                found.append(model.forward(batch, edits, settings=3, columns=wanted, start=start))
+                for joins in ([0, last, last], [last, last, last], [0, 0, last]):
+                    start = kept.behind(column, grow(patterns, joins))
+                    found.append(model.forward(batch, edits, start=start)[:, 3 - column :])
+                    start = trimmed(model, kept, wanted).behind(column, grow(patterns, joins))
+                    found.append(model.forward(batch, edits, columns=wanted, start=start))
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     allowed = rounding(plain.dtype) * float(plain.abs().max().clamp(min=1))

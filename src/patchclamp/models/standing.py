@@ -1,69 +1,92 @@
 """Where runs start: blocks that settings pass by, columns whose keys and values are known, and what nobody will look at."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.held import HOLDER, Undo
+from patchclamp.models.tree import Level, Tree
 from patchclamp.sites import Site
 
 StandIn = Callable[..., Any]  # of a module's own forward and what it is called with
 STANDING: ContextVar[Mapping[int, StandIn]] = ContextVar("patchclamp_standing", default=MappingProxyType({}))
 """By id of a module: what this thread computes in its place."""
+VOCABULARY = 8192
+"""Tokens whose logits are held at once where the normaliser is streamed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
     """Where the settings of a run start, and what the model's own run holds there.
 
-    Settings stand in the order of their first block. At block l the first `counts[l]` of them run; those that start at l + 1
-    join behind it, with what the model's own run gives to block l + 1. So every block runs once for all settings that are
-    below it, and none for a setting that has not started.
+    With a tree, every block runs its level's runs and no others. A run that starts at block l gets what the model's own run
+    gives to block l.
 
     Args:
         column: first column that runs.
-        counts: by block, and behind the last one: how many settings run there. Empty: all of them everywhere.
+        stop: the column behind the last that runs; None: all of them.
+        tree: which runs there are at each block. None: all settings run everywhere.
         inputs: by block, and behind the last one: [row, position, width], the residual stream there in the model's own run.
         prefix: by block, keys and values [row, kv head, position, width] of every column.
         tuples: by block, how long a tuple it gives; 0 for a tensor.
+        projected: by id of a module that makes queries, keys or values: its output in the model's own run.
+        routed: by id of a router, what it gives in the model's own run (frozen routing); each [row x position, ...].
+        changed: the one column at which runs that start are changed; None: any may be.
+        fresh: by block, what that column holds in the runs that start there [run, row, width], where it is known.
         wanted: the columns that anything is asked of behind the last block; None: all of them.
         tokens: the tokens whose logits are computed, in this order; None: all of them.
-        given: the first block, too, gets what it got in the model's own run (which had an edit there), not the embedding.
+        rest: whether one logit more stands behind those of `tokens`: the log-sum-exp of all others.
+        logits: [target, vocabulary], of the model's own run at the batch's targets.
+        width: how many columns the batch has.
+        kept: by block, its output is put here: [run x row, column, width].
     """
 
     column: int = 0
-    counts: tuple[int, ...] = ()
+    stop: int | None = None
+    tree: Tree | None = None
     inputs: tuple[Tensor, ...] = ()
     prefix: tuple[tuple[Tensor, Tensor], ...] = ()
     tuples: tuple[int, ...] = ()
+    projected: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    routed: Mapping[int, tuple[Tensor, ...]] = field(default_factory=dict[int, tuple[Tensor, ...]])
+    changed: int | None = None
+    fresh: Mapping[int, Float[Tensor, "run row width"]] = field(default_factory=dict[int, Tensor])
     wanted: Int[Tensor, " column"] | None = None
     tokens: Int[Tensor, " token"] | None = None
-    given: bool = False
+    rest: bool = False
+    logits: Float[Tensor, "target vocabulary"] | None = None
+    width: int = 0
+    kept: dict[int, Tensor] | None = None
 
-    def rising(self, column: int, firsts: Sequence[int]) -> "Start":
-        """The same for settings whose first blocks are `firsts` (in rising order) and whose first column is `column`."""
-        wanted = None if self.wanted is None else self.wanted - column
-        if not self.inputs:
-            return replace(self, column=column, wanted=wanted)
-        counts = tuple(sum(first <= layer for first in firsts) for layer in range(len(self.inputs)))
-        return replace(self, column=column, counts=counts, wanted=wanted)
+    def behind(self, column: int, tree: Tree | None = None) -> "Start":
+        """The same for runs of a tree (or of all settings everywhere) whose first column is `column`."""
+        return replace(self, column=column, tree=tree, wanted=None if self.wanted is None else self.wanted - column)
 
-    def settings_at(self, place: Site, settings: int) -> int:
-        """How many of the settings run where a place's value is computed."""
-        if not self.counts or place.layer is None:
-            return settings
-        if place.kind == "resid.post":
-            return self.counts[place.layer + 1]
-        return settings if (place.layer, place.kind) == (0, "resid.pre") else self.counts[place.layer]
+    def settings_at(self, place: Site, settings: int) -> list[int]:
+        """The settings that run where a place's value is computed."""
+        if self.tree is None:
+            return list(range(settings))
+        if place.layer is None:
+            level = self.tree.levels[0 if place.kind == "embed" else -1]
+        else:
+            level = self.tree.levels[place.layer + (place.kind == "resid.post")]
+        missing = self.tree.widest - len(level)
+        if missing and (place.kind == "embed" or (place.layer, place.kind) == (0, "resid.pre")):
+            return [*level.settings, *[0] * missing]  # the model embeds as many rows as its widest block runs
+        return list(level.settings)
+
+    def copies(self, settings: int) -> int:
+        """How many copies of the rows the model is called with."""
+        return settings if self.tree is None else self.tree.widest
 
     def options(self, settings: int) -> dict[str, Any]:
         """What a forward call of `settings` copies of the rows needs beside its columns."""
@@ -72,18 +95,26 @@ class Start:
         from patchclamp.models.prefix import shared_prefix
 
         # it keeps every column, also of sliding windows: masks do the rest
+        counts = [settings] * len(self.prefix) if self.tree is None else [max(1, len(level)) for level in self.tree.levels]
         cache = shared_prefix([
-            (keys[:, :, : self.column], values[:, :, : self.column], max(1, self.counts[layer]) if self.counts else settings)
-            for layer, (keys, values) in enumerate(self.prefix)
+            (keys[:, :, : self.column], values[:, :, : self.column], count)
+            for (keys, values), count in zip(self.prefix, counts, strict=False)
         ])  # fmt: skip
         return {"use_cache": True, "past_key_values": cache}
 
     @contextmanager
-    def standing(self, anatomy: Anatomy, settings: int) -> Generator[None]:
+    def standing(self, anatomy: Anatomy) -> Generator[None]:
         """While open, in this thread, the model computes what this start leaves to compute, and nothing else."""
         instead: dict[nn.Module, StandIn] = {}
-        if self.counts and (self.given or self.counts[0] < settings):
-            instead |= {layer.block: partial(self._block, number, settings) for number, layer in enumerate(anatomy.layers)}
+        if self.tree is not None:
+            instead |= {layer.block: partial(self._block, number) for number, layer in enumerate(anatomy.layers)}
+            for number, layer in enumerate(anatomy.layers):
+                level = self.tree.levels[number]
+                spared = level.reads != tuple(range(len(level))) or (self.changed is not None and level.going < len(level))
+                for module in projections(layer.attention, layer.output) if spared and self.projected else ():
+                    instead[module] = partial(self._projection, level, id(module))
+        routers = [layer.router for layer in anatomy.layers if layer.router is not None]
+        instead |= {router: partial(self._router, self.routed[id(router)]) for router in routers if id(router) in self.routed}
         last = anatomy.layers[-1]
         if self.wanted is not None:
             instead |= dict.fromkeys([last.output] if last.output is last.mlp else [last.output, last.mlp], self._only_wanted)
@@ -95,24 +126,73 @@ class Start:
             stack.callback(STANDING.reset, STANDING.set({id(module): one for module, one in instead.items()}))
             yield
 
-    def _block(self, number: int, settings: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        running, joining = self.counts[number], self.counts[number + 1] - self.counts[number]
-        value: Tensor = args[0] if args else kwargs["hidden_states"]
+    def _block(self, number: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.tree is not None
+        here, value = self.tree.levels[number], args[0] if args else kwargs["hidden_states"]
         rows = len(self.inputs[0])
-        if self.given and not number:
-            value = _copies(self.inputs[0][:, self.column :], settings)
-            args, kwargs = ((value, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": value})
-        output: Any = value
-        if running:
-            cut = partial(_leading, running * rows, settings * rows)
+        output: Any = value[:0]
+        if len(here):
+            cut = partial(_leading, len(here) * rows, self.tree.widest * rows)
             output = own(*map(cut, args), **{name: cut(given) for name, given in kwargs.items()})
-        kept = output[0] if isinstance(output, tuple) else output
-        if joining:
-            fresh = _copies(self.inputs[number + 1][:, self.column :], joining)
-            kept = torch.cat([kept, fresh]) if running else fresh
+        done = output[0] if isinstance(output, tuple) else output
+        if self.kept is not None:
+            self.kept[number] = done
+        above = self._above(number + 1, done)
         if isinstance(output, tuple):
-            return (kept, *output[1:])
-        return (kept, *[None] * (self.tuples[number] - 1)) if self.tuples[number] and not running else kept
+            return (above, *output[1:])
+        return (above, *[None] * (self.tuples[number] - 1)) if self.tuples[number] and not len(here) else above
+
+    def _above(self, number: int, done: Tensor) -> Tensor:
+        """The input of a block: what the runs of the block below have made, as often as they part; and what starts here."""
+        assert self.tree is not None
+        level, rows = self.tree.levels[number], len(self.inputs[0])
+        going = level.going
+        if level.parents[:going] != tuple(range(len(done) // rows)):
+            parents = torch.tensor(level.parents[:going], dtype=torch.long, device=done.device)
+            done = done.unflatten(0, (-1, rows)).index_select(0, parents).flatten(0, 1)
+        if going == len(level):
+            return done
+        started = self.inputs[number][:, self.column : self.stop].expand(len(level) - going, -1, -1, -1)
+        if number in self.fresh:
+            assert self.changed is not None
+            started = started.clone()
+            started[:, :, self.changed - self.column] = self.fresh[number].to(started)
+        return torch.cat([done, started.flatten(0, 1)]) if going else started.flatten(0, 1)
+
+    def _projection(self, level: Level, name: int, own: Callable[..., Any], value: Tensor, *args: Any) -> Any:
+        """A map of every column by itself, once for each input; runs that start get what the model's own run has there."""
+        rows = len(self.inputs[0])
+        if value.dim() != 3 or len(value) != len(level) * rows or name not in self.projected:
+            return own(value, *args)
+        one = range(level.going, len(level)) if self.changed is not None else range(0)
+        whole = [run for run, read in enumerate(level.reads) if read == run and run not in one]
+        narrow = [run for run in one if level.reads[run] == run]
+        given = value.unflatten(0, (-1, rows))
+        kept = self.projected[name][:, self.column : self.stop]
+        out = kept.new_empty(len(level), *kept.shape) if len(whole) < len(level) else kept
+        if any(read < 0 for read in level.reads) or narrow:
+            out[level.going :] = kept
+        if whole:
+            places = {run: place for place, run in enumerate(whole)}
+            sharing = [run for run, read in enumerate(level.reads) if read in places]
+            made = own(_runs(given, whole).flatten(0, 1), *args).unflatten(0, (-1, rows))
+            _put(out, sharing, _runs(made, [places[level.reads[run]] for run in sharing]))
+        if narrow:
+            assert self.changed is not None
+            at = self.changed - self.column
+            sharing = [run for run in one if level.reads[run] >= 0]
+            made = own(_runs(given, narrow)[:, :, at : at + 1].flatten(0, 1), *args).unflatten(0, (-1, rows))
+            places = {run: place for place, run in enumerate(narrow)}
+            out[sharing, :, at] = _runs(made, [places[level.reads[run]] for run in sharing])[:, :, 0]
+        return out.flatten(0, 1)
+
+    def _router(self, kept: tuple[Tensor, ...], _: Callable[..., Any], value: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """What the router gives in the model's own run, for as many copies of the rows as run."""
+        width = self.width
+        columns = len(range(width)[self.column : self.stop])
+        own = [one.unflatten(0, (-1, width))[:, self.column : self.stop] for one in kept]
+        copies = value.flatten(0, -2).shape[0] // (len(own[0]) * columns)
+        return tuple(one.expand(copies, *one.shape).flatten(0, 2) for one in own)
 
     def _only_wanted(self, own: Callable[..., Any], value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """A module that treats every position by itself, run at the wanted columns; zero elsewhere."""
@@ -123,8 +203,34 @@ class Start:
         return some.new_zeros(*value.shape[:2], some.shape[-1]).index_copy(1, self.wanted, some)
 
     def _only_tokens(self, module: Any, _: Callable[..., Any], value: Tensor) -> Tensor:
+        assert self.tokens is not None
         bias = None if module.bias is None else module.bias[self.tokens]
-        return nn.functional.linear(value, module.weight[self.tokens], bias)
+        asked = nn.functional.linear(value, module.weight[self.tokens], bias)
+        if not self.rest:
+            return asked
+        rest = rest_of(module, value, self.tokens)
+        return torch.cat([asked.to(rest.dtype), rest], -1)
+
+
+def rest_of(unembed: Any, value: Float[Tensor, "*row width"], tokens: Int[Tensor, " token"]) -> Float[Tensor, "*row 1"]:
+    """log sum exp of the logits of all but `tokens`, the vocabulary in blocks; float32 or wider."""
+    total: Tensor | None = None
+    for start in range(0, len(unembed.weight), VOCABULARY):
+        stop = min(start + VOCABULARY, len(unembed.weight))
+        bias = None if unembed.bias is None else unembed.bias[start:stop]
+        logits = nn.functional.linear(value, unembed.weight[start:stop], bias)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        inside = tokens[(tokens >= start) & (tokens < stop)] - start
+        part = logits.index_fill(-1, inside, -torch.inf).logsumexp(-1, keepdim=True)
+        total = part if total is None else torch.logaddexp(total, part)
+    assert total is not None
+    return total
+
+
+def projections(attention: nn.Module, output: nn.Module) -> list[nn.Module]:
+    """The linear maps that make queries, keys and values: those of the attention module, but for its output projection's."""
+    behind = set(output.modules())
+    return [one for one in attention.modules() if type(one).__name__ in ("Linear", "Conv1D") and one not in behind]
 
 
 def why_whole_vocabulary(anatomy: Anatomy) -> str:
@@ -144,8 +250,18 @@ def why_every_column(anatomy: Anatomy) -> str:
     return ""
 
 
-def _copies(value: Tensor, count: int) -> Tensor:
-    return value if count == 1 else value.expand(count, *value.shape).flatten(0, 1)
+def _runs(value: Tensor, runs: list[int]) -> Tensor:
+    """Some runs of a value; a view where they stand side by side."""
+    if runs == list(range(runs[0], runs[0] + len(runs))):
+        return value[runs[0] : runs[0] + len(runs)]
+    return value[torch.tensor(runs, device=value.device)]
+
+
+def _put(out: Tensor, runs: list[int], value: Tensor) -> None:
+    if runs == list(range(runs[0], runs[0] + len(runs))):
+        out[runs[0] : runs[0] + len(runs)] = value
+    else:
+        out[torch.tensor(runs, device=out.device)] = value
 
 
 def _leading(rows: int, total: int, given: Any) -> Any:

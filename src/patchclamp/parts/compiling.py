@@ -30,17 +30,17 @@ def mix(
     gates: Float[Tensor, "setting row #position gate"],
     value: Tensor,
     batch: Batch | None,
-    column: int,
+    columns: slice,
     sizes: Sequence[Sizes],
 ) -> Mix:
-    """The gates of the parts `sites`, which act on `place`, as one edit of a run that starts at `column`; `value` is the fallback's."""
+    """The gates of the parts `sites`, which act on `place`, as one edit of a run of some columns; `value` is the fallback's."""
     by_head, settings = place.kind in BY_HEAD, len(gates)
     gate = _units(place, sites, _spread(sites, gates, batch), sizes)
-    if place.kind not in WHOLE:
-        gate = gate[:, :, column:] if gate.shape[2] > 1 else gate
-        axis = 2 if by_head else 1
-        if value.dim() > axis and value.shape[axis] > 1:
-            value = value.narrow(axis, column, value.shape[axis] - column)
+    columns = slice(0, columns.stop) if place.kind in WHOLE else columns
+    gate = gate[:, :, columns] if gate.shape[2] > 1 else gate
+    axis = 2 if by_head else 1
+    if value.dim() > axis and value.shape[axis] > 1:
+        value = value[:, :, columns, : columns.stop] if by_head else value[:, columns]
     gate = gate.flatten(0, 1)
     if by_head:
         gate = gate.transpose(1, 2)[..., None]

@@ -1,10 +1,9 @@
 """Gated sites: parts of any kind, each with a gate on what its site holds. Everything that measures goes through here."""
 
-import warnings
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,34 +13,42 @@ from patchclamp.edits import Add
 from patchclamp.errors import GateError, SiteError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.editing import Edits
+from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.models.recording import Recorder
-from patchclamp.models.replay import reference, trimmed, why_plain
-from patchclamp.models.standing import Start, why_whole_vocabulary
+from patchclamp.models.standing import Start
 from patchclamp.parts.compiling import acts_on, mix
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
+from patchclamp.parts.measuring import measured
 from patchclamp.parts.slopes import slopes
 from patchclamp.sites import KINDS, Site, select
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 
-MEMORY = 1 << 30
-"""Bytes that the activations of one folded pass may take."""
+Routing = Literal["free", "frozen"]
 CACHE = 24 << 20
 """Bytes that the widest activation of one folded pass may take on a CPU: more settings at once run slower, out of its cache."""
 
 
-def gated(model: Model, sites: Sequence[Site | str], positions: Sequence[int | str] = (), memory: int = MEMORY) -> "Gated":
+def gated(
+    model: Model,
+    sites: Sequence[Site | str],
+    positions: Sequence[int | str] = (),
+    memory: int | None = None,
+    routing: Routing = "free",
+) -> "Gated":
     """Any writable sites as parts, each with a gate: `gated(model, ["L*.resid.post", "L3.h*.q"], positions=["subject", -1])`.
 
     Args:
         model: the model.
         sites: sites or patterns. `L3.h*.q`, `L*.mlp` or `L2.mlp.n*` are a part each; a whole-layer site is one part.
         positions: a part per position or named span instead of one for all positions.
-        memory: bytes that one folded pass may take.
+        memory: bytes that one folded pass may take; by default a share of what is free (`models.memory`).
+        routing: of a mixture of experts: "free", or "frozen" to what it is in the model's own run of the same prompts.
 
     Raises:
         SiteError: a pattern that fits nothing, or a site that cannot be written.
+        GateError: frozen routing with gates on the router, or in a model without one.
     """
     wanted = [str(site) for site in sites]
     chosen = select(wanted, [*model.sites, *_units_of(model, wanted)])
@@ -49,7 +56,7 @@ def gated(model: Model, sites: Sequence[Site | str], positions: Sequence[int | s
         if not KINDS[acts_on(site).kind].writable:
             raise SiteError(f"{site} can be read but not written, so it can have no gate")
     each = [site.at(position) for site in chosen for position in positions] if positions else chosen
-    return Gated(model, each, memory)
+    return Gated(model, each, memory, routing)
 
 
 def _units_of(model: Model, patterns: Sequence[str]) -> list[Site]:
@@ -63,11 +70,22 @@ def _units_of(model: Model, patterns: Sequence[str]) -> list[Site]:
     return found
 
 
+def _check_frozen(model: Model, labels: Sequence[Site]) -> None:
+    if all(layer.router is None for layer in model.anatomy.layers):
+        raise GateError(f"frozen routing was asked for, and {model.name} ({model.family.name}) has no router: leave it out")
+    if any(site.kind == "router" for site in labels):
+        raise GateError("routing cannot be frozen while routers have gates: choose one of the two")
+
+
 class Gated:
     """`Parts` on any writable sites; make with `gated` or `nodes`."""
 
-    def __init__(self, model: Model, labels: Sequence[Site], memory: int = MEMORY):
-        self.model, self.memory = model, memory
+    def __init__(self, model: Model, labels: Sequence[Site], memory: int | None = None, routing: Routing = "free"):
+        if routing == "frozen":
+            _check_frozen(model, labels)
+        self.model, self.routing = model, routing
+        self.memory = budget(model.device) if memory is None else memory
+        """Bytes that one folded pass may take."""
         self.most: int | None = None
         """How many settings run at once at most, since memory ran out."""
         self.added: Float[Tensor, "row position width"] | None = None
@@ -119,6 +137,10 @@ class Gated:
         gates = self.open(settings)
         gates[..., list(self.counted)] = 0
         return gates
+
+    def base(self) -> Edits:
+        """What is on in every run."""
+        return {} if self.added is None else {Site("embed"): Add(self.added)}
 
     def only(self, sites: Sequence[Site], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
         """Gates open for `sites` (and the embedding), closed for the rest: a circuit."""
@@ -195,15 +217,15 @@ class Gated:
         rows = gates if batch is None else expand_to_rows(gates, batch)
         moved: dict[Site, Tensor] = {}
         for place in self.places:
-            mine = rows[: start.settings_at(place, len(gates))][..., self.by_place[place]]
+            mine = rows[start.settings_at(place, len(gates))][..., self.by_place[place]]
             if mine.requires_grad or bool((mine != 1).any()):
                 moved[place] = mine
         if not moved:
             return {}
         values = fallback.at(batch)
         sites = {place: [self.labels[number] for number in self.by_place[place]] for place in moved}
-        sizes = self.model.anatomy.sizes
-        return {place: mix(place, sites[place], mine, values[place], batch, start.column, sizes) for place, mine in moved.items()}
+        sizes, columns = self.model.anatomy.sizes, slice(start.column, start.stop)
+        return {place: mix(place, sites[place], mine, values[place], batch, columns, sizes) for place, mine in moved.items()}
 
     def measure(
         self,
@@ -221,81 +243,9 @@ class Gated:
         Cost: per setting, one forward pass over the batch from there on; one pass for the model itself; what the fallback
         costs (once per batch).
         """
-        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
+        batch = batch.to(self.model.device)
         self._check(gates, batch)
-        with torch.no_grad():
-            firsts, columns = self._firsts(gates, fallback, batch)
-            out, moved = dict[int, Tensor](), [number for number, first in enumerate(firsts) if first is not None]
-            base: Edits = {} if self.added is None else {Site("embed"): Add(self.added)}
-            itself = self.model.target_logits(batch, base) if metric.reference or len(moved) < len(gates) else None
-            plain = itself[0] if metric.reference and itself is not None else None
-            if itself is not None:
-                out = dict.fromkeys(set(range(len(gates))) - set(moved), metric(itself, batch, plain)[0])
-            start, asked = self._start(batch, metric, [firsts[number] or 0 for number in moved], [columns[n] for n in moved])
-            for column in sorted({columns[number] for number in moved}) if start.prefix else [0]:
-                together = [number for number in moved if not start.prefix or columns[number] == column]
-                together.sort(key=lambda number: firsts[number] or 0)
-                while together:
-                    chunk = together[: self.fold(batch, column=column)]
-                    here = start.rising(column, [firsts[number] or 0 for number in chunk])
-                    edits = self.compiled(gates[chunk], fallback, batch, here)
-                    edits = edits if here.given else {**base, **edits}
-                    try:
-                        logits = self.model.target_logits(batch, edits, len(chunk), here)
-                    except RuntimeError as error:
-                        self._shrink(error, len(chunk))
-                        continue
-                    out |= zip(chunk, metric(logits, asked, plain), strict=True)
-                    together = together[len(chunk) :]
-        return torch.stack([out[number] for number in range(len(gates))])
-
-    def _shrink(self, error: RuntimeError, settings: int) -> None:
-        """Where memory ran out with several settings at once, go on with half as many, and say so."""
-        if settings == 1 or not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
-            raise error
-        self.most = settings // 2
-        warnings.warn(f"memory ran out with {settings} settings at once: going on with {settings // 2}", stacklevel=3)
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _firsts(self, gates: Tensor, fallback: Fallback, batch: Batch) -> tuple[list[int | None], list[int]]:
-        """By setting, the first block (None: all gates are open) and the first column at which it differs from the model."""
-        blocks = torch.tensor([self._first_block(site) for site in self.labels])
-        since, last = fallback.since(batch), int(batch.target_position.min())
-        starts = {site.position: since for site in self.labels}
-        for position in set(starts) - {None}:
-            assert position is not None
-            covered = batch.columns(position).any(0)
-            starts[position] = max(since, int(covered.int().argmax())) if bool(covered.any()) else last
-        at = torch.tensor([starts[site.position] for site in self.labels])
-        closed = (gates != 1).flatten(1, 2).any(1).cpu()
-        never = self.model.layers + 1
-        first = torch.where(closed, blocks, never).amin(1).tolist()
-        column = torch.where(closed, at, batch.tokens.shape[1]).amin(1).clamp(max=last).tolist()
-        short = batch.tokens.shape[1]  # keys and values of few columns cost more than they spare
-        return [None if one == never else one for one in first], [0 if 4 * one < short else one for one in column]
-
-    def _first_block(self, site: Site) -> int:
-        place = acts_on(site)
-        if place.layer is None:
-            return 0 if place.kind == "embed" else self.model.layers
-        return place.layer + (place.kind == "resid.post")
-
-    def _start(self, batch: Batch, metric: Metric, firsts: list[int], columns: list[int]) -> tuple[Start, Batch]:
-        """Where runs may start, with what the model's own run holds there; and the batch, its tokens numbered as in the logits."""
-        asked, start = batch, Start()
-        if len(firsts) < 2 or not (any(firsts) or any(columns)) or why_plain(self.model):
-            return start, asked
-        given = self.added is not None
-        with self.model.editing({} if self.added is None else {Site("embed"): Add(self.added)}, batch):
-            start = reference(self.model, batch, inputs=given or any(firsts), prefix=any(columns))
-        start = replace(start, given=given)
-        if not any(site.kind in ("neuron", "router", "expert") for site in self.labels):
-            start = trimmed(self.model, start, batch.target_position.unique())
-        if metric.answers_alone(batch) and Site("logits") not in self.by_place and not why_whole_vocabulary(self.model.anatomy):
-            tokens, asked = batch.numbered()
-            start = replace(start, tokens=tokens)
-        return start, asked
+        return measured(self, batch, gates, fallback, metric or metric_named(batch.metric))
 
     def gradient(
         self,
