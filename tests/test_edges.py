@@ -1,5 +1,6 @@
 """Conformance of edges, over tiny models of every family, and against forward passes written out here."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from cases import CONFIGS, tiny
 from patchclamp.edits import Put, Scale
-from patchclamp.errors import GateError, MetricError, SiteError
+from patchclamp.errors import FamilyError, GateError, MetricError, SiteError
 from patchclamp.methods import attribute
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
@@ -331,3 +332,27 @@ def test_slopes_leave_the_model_as_it_was():
     parts.gradient(batch, parts.open(), parts.fallback("resample"))
     assert [parameter.requires_grad for parameter in model.hf.parameters()] == before
     assert all(parameter.grad is None for parameter in model.hf.parameters())
+
+
+@pytest.mark.parametrize(("attention", "dtype", "tolerance"), [("sdpa", torch.float32, 1e-5), ("eager", torch.bfloat16, 0.1)])
+def test_other_kernels_and_types(attention: str, dtype: torch.dtype, tolerance: float):
+    """Fused attention where no queries, keys or values are asked for; bfloat16, whose steps are 2^-8 of a logit difference of 3."""
+    for name in ("gpt2", "llama", "qwen3"):
+        model = Model.load(tiny(name, attention, dtype=dtype))
+        batch = examples(4, lengths=(7, 5)).batch()
+        for parts in (edges(model), edges(model, destinations=["L*.mlp", "logits"])):
+            rule = parts.fallback("resample")
+            assert torch.equal(parts.measure(batch, parts.open(), rule), plain(parts, batch))
+            every = [edge for edge in parts.labels if edge.target.kind == "logits"]
+            found = parts.measure(batch, parts.without(every), rule)
+            torch.testing.assert_close(found, plain(parts, batch.swapped()), rtol=0, atol=tolerance)
+            _, slopes = parts.gradient(batch, parts.open(), rule)
+            assert slopes.dtype == torch.float32 and bool((slopes != 0).any())
+
+
+def test_blocks_that_are_one_module_are_refused():
+    model = model_of("gpt2")
+    first = model.anatomy.layers[0]
+    shared = replace(model, anatomy=replace(model.anatomy, layers=(first, first)))
+    with pytest.raises(FamilyError, match="share one module"):
+        edges(shared)

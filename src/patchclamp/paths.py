@@ -16,15 +16,15 @@ from patchclamp.errors import GateError
 from patchclamp.methods import Direction, groups_of
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.editing import Edit, Edits, Seen
+from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.models.recording import Recorder
 from patchclamp.models.scope import OPEN
 from patchclamp.parts import Edges, Fallback, Gated, gated
 from patchclamp.parts.edge_reading import Changed, Desk, Streams, User, reading, reads_at
-from patchclamp.parts.edge_runs import measured
+from patchclamp.parts.edge_runs import at_once, measured
 from patchclamp.parts.edge_sources import Sources, place_of
 from patchclamp.parts.edges import comes_before, destinations_of, sources_of
-from patchclamp.parts.gated import MEMORY
 from patchclamp.scores import Scores
 from patchclamp.sites import Edge, Site, select
 from patchclamp.tasks import Examples
@@ -48,7 +48,7 @@ def path_patching(
     direction: Direction = "noising",
     batch_size: int = 16,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Give each sender its fallback, let receivers read what follows from that, and nobody else.
@@ -74,7 +74,7 @@ def path_patching(
             score = benefit(second run) - benefit(the model itself).
         batch_size: examples at once.
         seed: of the bootstrap.
-        memory: bytes that one folded pass may take.
+        memory: bytes that one folded pass may take; by default a share of what is free (`models.memory`).
         progress: told how many examples of how many are done.
 
     Returns:
@@ -99,6 +99,7 @@ def path_patching(
         raise GateError(
             f"no path leads from {', '.join(map(str, here))} to {', '.join(map(str, there))}: nothing there comes before it"
         )
+    memory = budget(model.device) if memory is None else memory
     which = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
     sender = _Frozen.of(model, routes, fallback, fit, memory) if between == "frozen" else _Running.of(
         model, routes, fallback, fit, memory, frozen_heads=between == "mlps")  # fmt: skip
@@ -142,25 +143,19 @@ def _effects(
         own = metric(itself, batch, itself[0] if metric.reference else None)[0]
         out = own.new_zeros(len(routes), len(own))
         senders = sorted({route.sender for route in routes})
-        edges = Edges(model, [Edge(route.sender, site) for route in routes for site in route.receivers], memory)
-        most = edges.fold(batch)
+        most = at_once(model, batch, memory // 2)
         for start in range(0, len(senders), most):
             some = senders[start : start + most]
             streams = first.streams(batch, some)
             mine = [number for number, route in enumerate(routes) if route.sender in some]
             chosen = [routes[number] for number in mine]
-            firsts = [min(_block(model, site) for site in route.receivers) for route in chosen]
 
             def edits_of(settings: Sequence[int], some: Sequence[Site] = some, chosen: Sequence[_Route] = chosen,
                          streams: Mapping[Site, Tensor] = streams) -> Edits:  # fmt: skip
                 return _second(model, batch, [chosen[number] for number in settings], some, streams, memory)
 
-            out[mine] = own - measured(model, batch, metric, firsts, edits_of, most)
+            out[mine] = own - measured(model, batch, metric, [True] * len(chosen), edits_of, most)
     return out
-
-
-def _block(model: Model, receiver: Site) -> int:
-    return model.layers if receiver.layer is None else receiver.layer
 
 
 def _second(

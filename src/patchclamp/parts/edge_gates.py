@@ -64,7 +64,6 @@ class Closed:
         readers: the destinations.
         sources: what sources write.
         fallback: by place of the sources.
-        own: what the places hold in the model's own run, for settings that have not started there.
         shares: [read, row, position, source], 1 - gate.
         settings: by read, the setting.
         users: who reads.
@@ -73,7 +72,6 @@ class Closed:
     readers: Readers
     sources: Sources
     fallback: Values
-    own: Values
     shares: Float[Tensor, "read #row #position source"]
     settings: tuple[int, ...]
     users: Sequence[User]
@@ -100,16 +98,11 @@ class Closed:
             needed = [at for at in range(len(units)) if shares.requires_grad or bool((here[..., at] != 0).any())]
             if not needed:
                 continue
-            run = {site: self._at(seen.values[site], setting, len(own), site) for site in self.sources.seen(place)}
+            run = {site: seen.values[site].unflatten(0, (-1, len(own)))[setting] for site in self.sources.seen(place)}
             for piece in self.sources.pieces(needed, own[..., 0].numel()):
                 apart = self.sources.difference(place, [units[at] for at in piece], self.fallback[place], run)
                 total = total + torch.einsum("nrps,rpsw->nrpw", here[..., list(piece)], apart.to(own))
         return total
-
-    def _at(self, values: Tensor, setting: int, rows: int, site: Site) -> Tensor:
-        """A setting's values, or where it has not started there the model's own."""
-        here = values.unflatten(0, (-1, rows))
-        return here[setting] if setting < len(here) else self.own[site]
 
 
 def closed(
@@ -117,7 +110,6 @@ def closed(
     sources: Sources,
     gates: Float[Tensor, "setting #row #position part"],
     fallback: Values,
-    own: Values,
 ) -> Mapping[Site, Changed]:
     """What destinations read under gates, by the place of the stream; places whose gates are all 1 are left out.
 
@@ -140,5 +132,5 @@ def closed(
                     settings.append(setting)
                 users.append(User(destination, setting, known[key]))
         if users:
-            made[one.place] = Closed(one, sources, fallback, own, torch.stack(shares), tuple(settings), users)
+            made[one.place] = Closed(one, sources, fallback, torch.stack(shares), tuple(settings), users)
     return made

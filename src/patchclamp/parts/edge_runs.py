@@ -1,4 +1,4 @@
-"""Many settings of what destinations read, folded into the rows of few passes, each from the block where it first differs."""
+"""Many settings of what destinations read, folded into the rows of few passes."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ def measured(
     model: Model,
     batch: Batch,
     metric: Metric,
-    firsts: Sequence[int | None],
+    differs: Sequence[bool],
     edits_of: Callable[[Sequence[int]], Edits],
     most: int,
 ) -> Float[Tensor, "setting example"]:
@@ -27,21 +27,19 @@ def measured(
         model: the model.
         batch: on its device.
         metric: what is measured.
-        firsts: by setting, the first block that differs from the model's own run (behind the last one: how many there are);
-            None: none does.
-        edits_of: the edits of a pass of some settings, which stand in the order of their first blocks.
+        differs: by setting, whether it differs from the model itself.
+        edits_of: the edits of a pass of some of the settings, side by side.
         most: how many settings run at once.
 
-    Cost: one pass for the model itself, one more where several settings start behind the first block; per setting, one pass from
-    its first block on.
+    Cost: a pass per setting that differs from the model itself, and one for the model where it is asked for.
     """
     with torch.no_grad():
-        moved = sorted((number for number, first in enumerate(firsts) if first is not None), key=lambda n: firsts[n] or 0)
+        moved = [number for number, one in enumerate(differs) if one]
         out, plain = dict[int, Tensor](), None
-        if metric.reference or len(moved) < len(firsts):
+        if metric.reference or len(moved) < len(differs):
             itself = model.target_logits(batch)
             plain = itself[0] if metric.reference else None
-            out = dict.fromkeys(set(range(len(firsts))) - set(moved), metric(itself, batch, plain)[0])
+            out = dict.fromkeys(set(range(len(differs))) - set(moved), metric(itself, batch, plain)[0])
         while moved:
             some = moved[:most]
             try:
@@ -51,7 +49,7 @@ def measured(
                 continue
             out |= zip(some, metric(logits, batch, plain), strict=True)
             moved = moved[len(some) :]
-    return torch.stack([out[number] for number in range(len(firsts))])
+    return torch.stack([out[number] for number in range(len(differs))])
 
 
 def _fewer(error: RuntimeError, settings: int) -> int:
@@ -62,3 +60,16 @@ def _fewer(error: RuntimeError, settings: int) -> int:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return settings // 2
+
+
+def at_once(model: Model, batch: Batch, memory: int) -> int:
+    """How many settings run side by side where activations may take `memory` bytes; what sources write is kept while they run."""
+    anatomy, width = model.anatomy, model.width
+    size = max(size.heads * size.head_width for size in anatomy.sizes)
+    neurons = max((size.neurons or 4 * width) for size in anatomy.sizes)
+    heads = max(size.heads for size in anatomy.sizes)
+    rows, length = batch.tokens.shape
+    kept = len(anatomy.sizes) * (size + 2 * width)
+    per_token = kept + 16 * width + 8 * size + 6 * neurons + 6 * heads * length
+    vocabulary = int(anatomy.config.vocab_size) * len(batch.target_row) * 3
+    return max(1, memory // (4 * (rows * length * per_token + vocabulary)))

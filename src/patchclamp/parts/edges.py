@@ -19,15 +19,15 @@ from torch import Tensor
 from patchclamp.errors import FamilyError, GateError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.editing import Edits
+from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.models.scope import OPEN
 from patchclamp.parts.edge_gates import Readers, closed, readers_of
 from patchclamp.parts.edge_reading import Desk, reading, reads_at
-from patchclamp.parts.edge_runs import measured
+from patchclamp.parts.edge_runs import at_once, measured
 from patchclamp.parts.edge_slopes import open_slopes
 from patchclamp.parts.edge_sources import Sources, place_of
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
-from patchclamp.parts.gated import MEMORY
 from patchclamp.parts.slopes import frozen
 from patchclamp.sites import Edge, Site, select
 from patchclamp.tasks import Examples
@@ -41,7 +41,7 @@ def edges(
     model: Model,
     sources: Sequence[Site | str] = SOURCES,
     destinations: Sequence[Site | str] = DESTINATIONS,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> "Edges":
     """Edges of a model as parts: every source with every destination that comes after it.
 
@@ -50,7 +50,7 @@ def edges(
         sources: sites or patterns among `embed`, heads (`L2.h5`) and MLPs (`L2.mlp`).
         destinations: sites or patterns among queries (`L9.h6.q`), keys and values (`L9.kv2.k`; native under grouped-query
             attention), MLPs (`L9.mlp`) and `logits`.
-        memory: bytes that one folded pass may take.
+        memory: bytes that one folded pass may take; by default a share of what is free (`models.memory`).
 
     Raises:
         SiteError: a pattern that fits no source, or no destination.
@@ -94,8 +94,9 @@ def comes_before(model: Model, source: Site, target: Site) -> bool:
 class Edges:
     """`Parts` on edges; make with `edges`. Every edge is counted, those from the embedding too: all closed is the corrupt run."""
 
-    def __init__(self, model: Model, labels: Sequence[Edge], memory: int = MEMORY):
-        self.model, self.memory = model, memory
+    def __init__(self, model: Model, labels: Sequence[Edge], memory: int | None = None):
+        self.model = model
+        self.memory = budget(model.device) if memory is None else memory
         self.labels: tuple[Edge, ...] = tuple(labels)
         self.counted: tuple[int, ...] = tuple(range(len(self.labels)))
 
@@ -187,26 +188,18 @@ class Edges:
         if batch is None:
             raise GateError("gates on edges need the batch that runs, and generated tokens are in none: use nodes to generate")
         self._check(gates, batch)
-        return self._edits(gates, fallback, batch, {})
+        return self._edits(gates, fallback, batch)
 
-    def _edits(self, gates: Tensor, fallback: Fallback, batch: Batch, own: Values) -> Edits:
+    def _edits(self, gates: Tensor, fallback: Fallback, batch: Batch) -> Edits:
         if not gates.requires_grad and bool((gates == 1).all()):
             return {}
         rows = expand_to_rows(gates, batch) if gates.shape[1] > 1 else gates
         desk = Desk(self.model.anatomy, len(batch.tokens), self.memory // 2)
-        return reading(desk, closed(self._readers, self._sources, rows, fallback.at(batch), own))
+        return reading(desk, closed(self._readers, self._sources, rows, fallback.at(batch)))
 
     def _alone(self) -> None:
         if OPEN.get():
             raise GateError("other edits are on, and what destinations read would not follow them: measure edges outside of them")
-
-    def _firsts(self, gates: Tensor) -> list[int | None]:
-        """By setting, the first block that reads something else (behind the last: the logits do); None: all gates are open."""
-        never = self.model.layers + 1
-        blocks = [self.model.layers if edge.target.layer is None else edge.target.layer for edge in self.labels]
-        shut = (gates != 1).flatten(1, 2).any(1).cpu()
-        found = torch.where(shut, torch.tensor(blocks), never).amin(1).tolist()
-        return [None if one == never else one for one in found]
 
     def measure(
         self,
@@ -217,9 +210,8 @@ class Edges:
     ) -> Float[Tensor, "setting example"]:
         """The metric for each setting and example, without gradient.
 
-        Cost: per setting, one forward pass from the first block that reads something else; for each destination with closed
-        edges (those whose gates are the same count once), its layer's norm and projections, or its MLP, once more; one pass for
-        the model itself, two more where several settings start in the middle; what the fallback costs.
+        Cost: per setting, one forward pass, and for each destination with closed edges (those whose gates are the same count
+        once) its layer's norm and projections, or its MLP, once more; one pass for the model itself; what the fallback costs.
 
         Raises:
             GateError: shapes that do not fit, or other edits are on.
@@ -227,15 +219,13 @@ class Edges:
         batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
         self._check(gates, batch)
         self._alone()
-        firsts = self._firsts(gates)
-        many = sum(first is not None for first in firsts) > 1
-        own = self._sources.own(batch) if many else {}
+        differs = (gates != 1).flatten(1).any(1).tolist()
 
         def edits_of(some: Sequence[int]) -> Edits:
-            return self._edits(gates[list(some)], fallback, batch, own)
+            return self._edits(gates[list(some)], fallback, batch)
 
         with torch.no_grad():
-            return measured(self.model, batch, metric, firsts, edits_of, self.fold(batch))
+            return measured(self.model, batch, metric, differs, edits_of, at_once(self.model, batch, self.memory // 2))
 
     def gradient(
         self,
@@ -275,22 +265,10 @@ class Edges:
                 else:
                     leaf = gates[number : number + 1].detach().expand(-1, len(batch), -1, -1).clone().requires_grad_()
                     with torch.enable_grad():
-                        logits = self.model.target_logits(batch, self._edits(leaf, fallback, batch, {}))
+                        logits = self.model.target_logits(batch, self._edits(leaf, fallback, batch))
                         value = metric(logits, batch, reference)[0]
                         (slope,) = torch.autograd.grad(value.sum(), leaf)
                     slope = slope[0] if spread else slope[0].squeeze(1)
                 values.append(value.detach())
                 slopes.append(slope)
         return torch.stack(values), torch.stack(slopes)
-
-    def fold(self, batch: Batch) -> int:
-        """How many settings run at once: as many as half of `memory` allows (reading takes the other half)."""
-        anatomy, width = self.model.anatomy, self.model.width
-        size = max(size.heads * size.head_width for size in anatomy.sizes)
-        neurons = max((size.neurons or 4 * width) for size in anatomy.sizes)
-        heads = max(size.heads for size in anatomy.sizes)
-        rows, length = batch.tokens.shape
-        kept = len(anatomy.sizes) * (size + 2 * width)
-        per_token = kept + 16 * width + 8 * size + 6 * neurons + 6 * heads * length
-        vocabulary = int(anatomy.config.vocab_size) * len(batch.target_row) * 3
-        return max(1, self.memory // 2 // (4 * (rows * length * per_token + vocabulary)))
