@@ -95,7 +95,7 @@ def recomputed_alike(hf: nn.Module) -> Generator[None, None, None]:
     ]
     before = [block._gradient_checkpointing_func for block in blocks]
     for block in blocks:
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_remember)  # type: ignore[assignment]
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=remembered)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -103,7 +103,8 @@ def recomputed_alike(hf: nn.Module) -> Generator[None, None, None]:
             block._gradient_checkpointing_func = function
 
 
-def _remember() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def remembered() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `checkpoint`: what is entered around a call, and around its recomputation, which sees the sessions of the call."""
     return nullcontext(), _AsItWas(OPEN.get(), WATCHED.get(), tuple(dict(session.stash) for session in OPEN.get()))
 
 
