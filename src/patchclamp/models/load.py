@@ -26,6 +26,7 @@ def load(
                     f"{option}={given!r} was asked of a model object, which stays as it is: move it yourself, then load it"
                 )
         name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+        _refuse_split(source, name)
         return source, _tokenizer(tokenizer, None, name, None, trust_remote_code), name
     name = str(source)
     if device is not None and device_map is not None:
@@ -33,6 +34,17 @@ def load(
     where = resolve(name)
     model = _model(where, name, dtype, device, device_map, revision, trust_remote_code, quantization_config)
     return model, _tokenizer(tokenizer, where, name, revision, trust_remote_code), name
+
+
+def _refuse_split(model: Any, name: str) -> None:
+    """Raise where this process holds a share of each weight only, as in tensor parallel."""
+    for weight in model.parameters() if hasattr(model, "parameters") else ():
+        mesh = getattr(weight, "device_mesh", None)
+        if mesh is not None and mesh.size() > 1:
+            raise ModelError(
+                f"{name}: the model is split over {mesh.size()} processes (tensor parallel), so that each sees some heads only, "
+                "under numbers of its own: load it whole on one device, or with device_map over several"
+            )
 
 
 def load_tokenizer(name: str) -> Any:

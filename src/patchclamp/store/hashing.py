@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,12 @@ def digest(model_hash: str, task_hash: str, plan: Any, revisions: Mapping[str, i
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def weights_hash(tensors: "Mapping[str, Tensor]", config: Mapping[str, Any] | None = None, files: Iterable[Path] = ()) -> str:
+def weights_hash(
+    tensors: "Mapping[str, Tensor]",
+    config: Mapping[str, Any] | None = None,
+    files: Iterable[Path] = (),
+    load: "Callable[[str], Tensor] | None" = None,
+) -> str:
     """SHA-256 (hex) of named weights, their dtypes and shapes, and of the configuration where given; tied weights count once.
 
     Where `files` names the files that the weights were read from, unchanged, the result is cached by their paths, sizes and
@@ -37,6 +42,7 @@ def weights_hash(tensors: "Mapping[str, Tensor]", config: Mapping[str, Any] | No
         tensors: a state dict.
         config: the configuration's dict; what says only where it came from is left out.
         files: leave empty for a model that was changed after loading.
+        load: gives the values of a weight that is on the device meta (it is elsewhere), one at a time.
     """
     settings = {key: value for key, value in (config or {}).items() if key not in _INCIDENTAL}
     names = [(name, str(value.dtype), list(value.shape)) for name, value in _untied(tensors)]
@@ -47,8 +53,8 @@ def weights_hash(tensors: "Mapping[str, Tensor]", config: Mapping[str, Any] | No
     if stats and cached.is_file() and len(known := cached.read_text()) == 64:
         return known
     state = hashlib.sha256(outline.encode())
-    for _, value in _untied(tensors):
-        state.update(_bytes(value))
+    for name, value in _untied(tensors):
+        state.update(_bytes(load(name) if load is not None and value.is_meta else value))
     if stats:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +70,7 @@ def _untied(tensors: "Mapping[str, Tensor]") -> "list[tuple[str, Tensor]]":
     for name in sorted(tensors):
         value = tensors[name].detach()
         place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
-        if not value.numel() or place not in seen:
+        if value.is_meta or not value.numel() or place not in seen:
             kept.append((name, value))
         seen.add(place)
     return kept

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from patchclamp.models.model import Model
+from patchclamp.models.offload import stored
 from patchclamp.store import Run, digest, weights_hash
 from patchclamp.store.record import ModelInfo, Provenance, TaskInfo
 from patchclamp.study.plan import Plan
@@ -23,7 +24,8 @@ def model_hash(model: Model) -> str:
     """Hash of the weights and the configuration, cached by file where the weights came from files unchanged."""
     folder = model.folder
     files = sorted(folder.glob("*.safetensors")) if folder is not None and model.loaded else []
-    return weights_hash(model.hf.state_dict(), model.hf.config.to_dict(), files)
+    tensors, load = stored(model.hf)
+    return weights_hash(tensors, model.hf.config.to_dict(), files, load)
 
 
 def identity(model: Model, task: Task, plan: Plan) -> str:

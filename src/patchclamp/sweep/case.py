@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from patchclamp.tasks import Task
 
 LOADING = {
-    "dtype": str, "device": str, "device_map": (str, dict), "offload_folder": str, "revision": str, "tokenizer": str, "trust": bool,
+    "dtype": str, "device": str, "device_map": (str, dict), "revision": str, "tokenizer": str, "trust": bool,
 }  # fmt: skip
 """How a model is loaded, with the types of the values: see `Model.load` (trust: trust_remote_code)."""
 ASKED = {"options": dict, "columns": dict, "chat": bool, "bos": bool}
