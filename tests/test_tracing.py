@@ -8,7 +8,8 @@ from cases import tiny
 from patchclamp.errors import GateError
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
-from patchclamp.tracing import _windows, trace
+from patchclamp.parts.compiling import windows
+from patchclamp.tracing import trace
 from test_parts import examples
 
 
@@ -106,6 +107,6 @@ def test_windows_are_those_of_the_authors():
     model = Model.load(tiny("llama"))
     parts = pc.gated(model, ["L*.mlp.write"])
     for width in (1, 2, 3, 4):
-        for layer, gates in enumerate(_windows(parts, width)[:, 0, 0]):
+        for layer, gates in enumerate(windows(parts.labels, width)[:, 0, 0]):
             inside = range(max(0, layer - width // 2), min(model.layers, layer - (-width // 2)))
             assert (gates == 0).nonzero()[:, 0].tolist() == list(inside)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from patchclamp.models.doctor import examine
     from patchclamp.models.model import Model
     from patchclamp.parts import edges, gated, nodes
+    from patchclamp.patching import patch
     from patchclamp.paths import path_patching
     from patchclamp.scores import Scores
     from patchclamp.sites import Edge, Site
@@ -28,12 +29,12 @@ _HOMES = {
     "Circuit": "circuit", "Edge": "sites", "METRICS": "metrics", "Metric": "metrics", "Model": "models.model", "Pair": "tasks",
     "Plan": "study", "Scores": "scores", "Site": "sites", "Study": "study", "Task": "tasks", "attribute": "methods",
     "edges": "parts", "examine": "models.doctor", "gated": "parts", "load_task": "tasks", "map": "study", "nodes": "parts",
-    "path_patching": "paths", "task_names": "tasks", "trace": "tracing",
+    "patch": "patching", "path_patching": "paths", "task_names": "tasks", "trace": "tracing",
 }  # fmt: skip
 
 __all__ = [
     "METRICS", "Circuit", "Edge", "Metric", "Model", "Pair", "Plan", "Scores", "Site", "Study", "Task", "attribute",
-    "edges", "examine", "gated", "load_task", "map", "nodes", "path_patching", "task_names", "trace",
+    "edges", "examine", "gated", "load_task", "map", "nodes", "patch", "path_patching", "task_names", "trace",
 ]  # fmt: skip
 
 

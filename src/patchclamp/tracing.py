@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import polars as pl
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.errors import GateError
 from patchclamp.methods import groups_of
 from patchclamp.metrics import METRICS, Metric, metric_named
 from patchclamp.models.model import Model
-from patchclamp.parts import Gated, gated
+from patchclamp.parts import gated
+from patchclamp.parts.compiling import windows
 from patchclamp.parts.fallbacks import Own
 from patchclamp.scores import Scores
 from patchclamp.scores.statistics import Interval, mean_interval
@@ -103,7 +103,7 @@ def trace(
     if draws < 1 or window < 1:
         raise GateError(f"{draws} draws and a window of {window} were asked for: choose 1 or more of each")
     parts = gated(model, sites, positions)
-    gates = _windows(parts, window)
+    gates = windows(parts.labels, window).to(model.device)
     spread = float(model.hf.get_input_embeddings().weight.detach().float().std())  # type: ignore[operator]
     scale, chance = deviations * spread, torch.Generator().manual_seed(seed)
     restored: list[Tensor] = []
@@ -132,18 +132,6 @@ def trace(
         mean_interval(base.double().cpu().numpy(), groups),
         scale,
     )
-
-
-def _windows(parts: Gated, width: int) -> Float[Tensor, "setting 1 1 part"]:
-    """One setting per part: closed for it and for the same unit and position in the layers around it."""
-    gates = parts.open(len(parts.labels))
-    for number, site in enumerate(parts.labels):
-        for other, sibling in enumerate(parts.labels):
-            alike = (site.kind, site.index, site.position) == (sibling.kind, sibling.index, sibling.position)
-            distance = (sibling.layer or 0) - (site.layer or 0)
-            if alike and -(width // 2) <= distance <= (width - 1) // 2:
-                gates[number, ..., other] = 0
-    return gates
 
 
 def _blur(model: Model, batch: Batch, span: str, scale: float, chance: torch.Generator) -> Tensor:

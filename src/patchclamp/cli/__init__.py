@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from patchclamp.cli import inspect, look, questions, sweep
+from patchclamp.cli import inspect, look, patching, questions, sweep
 from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 questions.add(app)
+patching.add(app)
 sweep.add(app)
 inspect.add(app)
 look.add(app)

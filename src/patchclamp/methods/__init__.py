@@ -36,11 +36,16 @@ def method_named(name: str) -> Samples:
     return importlib.import_module(f"{__name__}.{name}").samples
 
 
+def name_of(method: str | Samples) -> str:
+    """What scores of a method are called: a function of the caller's own closes gates, so it is exact."""
+    return method if isinstance(method, str) else "exact"
+
+
 def effects(
     parts: Parts,
     examples: Examples,
     fallback: Fallback,
-    method: str = "exact",
+    method: str | Samples = "exact",
     *,
     metric: str | Metric | None = None,
     direction: Direction = "noising",
@@ -50,7 +55,7 @@ def effects(
 ) -> Float[Tensor, "part example"]:
     """What `attribute` is made of: each counted part's effect on each example's benefit, on the CPU."""
     chosen = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
-    samples, pieces, done = method_named(method), [], 0
+    samples, pieces, done = method_named(method) if isinstance(method, str) else method, [], 0
     for whole in examples.batches(batch_size):
         batch = whole.swapped() if direction == "denoising" else whole
         pieces.append(samples(parts, batch, fallback, chosen, seed).cpu())
@@ -60,7 +65,7 @@ def effects(
     table = torch.cat(pieces, 1) * (-1.0 if direction == "denoising" else 1.0)
     if not bool(torch.isfinite(table).all()):
         raise NumericsError(
-            f"the method {method} gave values that are not finite: try float32, or another fallback than {fallback.kind}"
+            f"the method {name_of(method)} gave values that are not finite: try float32, or another fallback than {fallback.kind}"
         )
     return table
 
@@ -69,7 +74,7 @@ def attribute(
     parts: Parts,
     examples: Examples,
     fallback: Fallback,
-    method: str = "exact",
+    method: str | Samples = "exact",
     *,
     metric: str | Metric | None = None,
     direction: Direction = "noising",
@@ -84,7 +89,7 @@ def attribute(
         parts: which parts (`nodes(model)`).
         examples: on which prompts.
         fallback: what a closed gate passes (`parts.fallback(...)`).
-        method: exact, gradient, integrated, random.
+        method: exact, gradient, integrated, random; or a function as methods have it, taken to be exact.
         metric: by default the task's.
         direction: "noising" closes a part on the clean prompt, score = benefit(open) - benefit(closed); "denoising" runs the
             corrupt prompt and a closed gate puts in the clean value, score = benefit(closed) - benefit(open). In both,
@@ -99,9 +104,9 @@ def attribute(
     table = effects(
         parts, examples, fallback, method, metric=metric, direction=direction, batch_size=batch_size, seed=seed, progress=progress
     )
-    noise = noise_floor(parts, examples, fallback, metric) if method == "exact" else None
+    noise = noise_floor(parts, examples, fallback, metric) if name_of(method) == "exact" else None
     name = metric.name if isinstance(metric, Metric) else metric or examples.metric
-    facts = {"method": method, "metric": name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
+    facts = {"method": name_of(method), "metric": name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
              "direction": direction, "model": parts.model.name, "task": examples.task}  # fmt: skip
     facts |= {} if noise is None else {"noise_floor": noise}
     groups = groups_of(examples)

@@ -11,11 +11,16 @@ from patchclamp.metrics import Metric
 from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks._batch import Batch
 
+GATES = 1 << 24
+"""Gates held at once: one for each part in each setting."""
+
 
 def samples(parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, seed: int) -> Float[Tensor, "part example"]:
     """[part, example]: what closing each part takes from each example's benefit."""
-    counted = torch.tensor(parts.counted, device=parts.model.device)
-    gates = parts.open(len(counted) + 1)
-    gates[torch.arange(len(counted), device=gates.device), :, :, counted] = 0  # the last setting stays open
-    values = metric.sign * parts.measure(batch, gates, fallback, metric)
-    return values[-1] - values[:-1]
+    device, found = parts.model.device, list[Tensor]()
+    for some in torch.tensor(parts.counted).split(max(1, GATES // len(parts.labels))):
+        gates = parts.open(len(some) + 1)
+        gates[torch.arange(len(some), device=device), :, :, some.to(device)] = 0  # the last setting stays open
+        values = metric.sign * parts.measure(batch, gates, fallback, metric)
+        found.append(values[-1] - values[:-1])
+    return torch.cat(found)

@@ -93,3 +93,21 @@ def _count(place: Site, sizes: Sizes) -> int:
         return sizes.kv_heads
     counts = {"neuron": sizes.neurons, "expert": sizes.experts, "router": sizes.experts}
     return counts.get(place.kind, sizes.heads) or 0
+
+
+def windows(labels: Sequence[Site], width: int) -> Float[Tensor, "setting 1 1 part"]:
+    """Gates, one setting per part: closed for it and for the same unit and position in the layers around it.
+
+    `width` layers in all, centred, cut at the ends; of an even window the longer half is below.
+    """
+    gates = torch.ones(len(labels), 1, 1, len(labels))
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for number, site in enumerate(labels):
+        alike.setdefault((site.kind, site.index, site.position), []).append(number)
+    for siblings in alike.values():
+        for number in siblings:
+            for other in siblings:
+                distance = (labels[other].layer or 0) - (labels[number].layer or 0)
+                if -(width // 2) <= distance <= (width - 1) // 2:
+                    gates[number, ..., other] = 0
+    return gates
