@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -109,6 +110,18 @@ def test_files_lie_beside_the_plans(saved: Path, tmp_path: Path, monkeypatch: py
     assert [one.model for one in found] == [str(saved)] * 2 and {one.task for one in found} == {str(saved / "pairs.jsonl")}
     assert [one.plan.fallback for one in found] == ["mean", "zero"]
     path.unlink()
+
+
+def test_the_plans_that_the_documents_show(tmp_path: Path):
+    root = Path(__file__).resolve().parent.parent
+    found = read_plans(root / "examples" / "plans.toml")
+    assert len(found) == 7 and {one.model for one in found} == {"zoo/small"}
+    for one in found:
+        one.check()
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", (root / "docs" / "sweeps.md").read_text(), re.M | re.S)
+    (tmp_path / "mine.jsonl").touch()
+    shown = read_plans(write(tmp_path, block))
+    assert len(shown) == 2 * 2 * 3 * 2 + 1 and shown[-1].load_task().options == {"corrupt": "01"}
 
 
 def test_checkpoints_of_a_folder_are_folders(saved: Path, tmp_path: Path):
