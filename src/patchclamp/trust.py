@@ -87,7 +87,7 @@ def trust(
         MetricError: closing everything changes nothing.
     """
     chosen = metric_named(metric or examples.metric)
-    grid = _grid(len(order), len(circuit))
+    grid = curve_sizes(len(order), len(circuit))
     members = [site for site in circuit if isinstance(site, Site)]
     plan: list[Gates] = [parts.open(), parts.closed(), parts.only(members), parts.without(members)]
     plan += [parts.only(order[:k]) for k in grid] + [parts.without(order[:k]) for k in grid]
@@ -169,7 +169,7 @@ class _Ratio:
         return float(low), float(high)
 
 
-def _grid(parts: int, size: int) -> list[int]:
+def curve_sizes(parts: int, size: int) -> list[int]:
     """Sizes of the curve: every one up to 24 parts, some 20 spread ones beyond, with both ends and the circuit's own."""
     if parts <= 24:
         return list(range(parts + 1))
@@ -200,7 +200,10 @@ def _random_circuits(
         return next((sites for sites in tries if set(sites) != set(members)), [*members])
 
     found = [(len(members), another()) for _ in range(draws)]
-    others = [k for k in grid if k not in (0, len(members), len(everything))]
-    for k in others[:: max(1, len(others) // 8)]:
-        found += [(k, pick(everything, k)) for _ in range(5)]
-    return found
+    return found + [(k, pick(everything, k)) for k in band_sizes(grid, len(members))]
+
+
+def band_sizes(grid: Sequence[int], size: int) -> list[int]:
+    """Sizes of the random circuits that show the band: about 8 of the curve's other than its ends and the circuit's, 5 draws of each."""
+    others = [k for k in grid if k not in (grid[0], size, grid[-1])]
+    return [k for k in others[:: max(1, len(others) // 8)] for _ in range(5)]

@@ -1,17 +1,18 @@
 """What commands share: options, loading, progress, printing."""
 
 import json
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from patchclamp.cli.progress import Bars
+from patchclamp.cli.progress import bars as shown_bars
 from patchclamp.errors import PatchclampError, TaskError
 
 if TYPE_CHECKING:
@@ -94,45 +95,9 @@ def _value(text: str) -> Any:
         return text
 
 
-class Bars:
-    """Progress of steps: one line per finished step, one bar for what is running."""
-
-    def __init__(self, bars: Progress) -> None:
-        self.bars, self.task, self.what = bars, None, ""  # type: ignore[var-annotated]
-        self.task: TaskID | None
-
-    def step(self, name: str, event: str, seconds: float) -> None:
-        """A step began, was done, or was kept from before."""
-        if event == "begin":
-            self._show(name, None, None)
-        elif name not in ("prompts", "patterns-all", "patterns-none"):
-            note = "kept from before" if event == "kept" else f"{seconds:.1f} s"
-            self.bars.console.print(Text(f"  {name:<16} {note}", style="dim"))
-
-    def progress(self, what: str, done: int, of: int) -> None:
-        """Something is so far."""
-        self._show(what, done, of)
-
-    def _show(self, what: str, done: int | None, of: int | None) -> None:
-        if self.task is None or what != self.what:
-            if self.task is not None:
-                self.bars.remove_task(self.task)
-            self.task, self.what = self.bars.add_task(what, total=of), what
-        self.bars.update(self.task, completed=done or 0, total=of)
-
-
-@contextmanager
-def bars() -> Generator[Bars]:
-    """Progress on standard error, gone when it is done."""
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as progress:
-        yield Bars(progress)
+def bars(pieces: Sequence[tuple[str, str, float]] = ()) -> AbstractContextManager[Bars]:
+    """Progress on standard error; see `progress.bars`."""
+    return shown_bars(err, pieces)
 
 
 def print_json(body: object) -> None:

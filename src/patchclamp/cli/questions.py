@@ -37,13 +37,17 @@ MinAccuracy = Annotated[float | None, typer.Option(help="Below it there is nothi
 Draws = Annotated[int | None, typer.Option("--random-circuits", help="Of the circuit's size and shape. [default: 100]")]
 NoNulls = Annotated[bool, typer.Option("--no-nulls", help="Do not fit gates to shuffled answers and re-initialised weights.")]
 Force = Annotated[bool, typer.Option("--force", help="Fit gates even where answers hardly vary.")]
+Memory = Annotated[
+    str | None, typer.Option(help="For settings that run at once: 2GB, 512MiB, 50% of what is free. [default: a quarter of it]")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how many passes, how much memory and about how long; run nothing.")]
 
 CHOICES = {"direction": ("noising", "denoising"), "budget": ("default", "code", "paper")}
 
 
 def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Path | None, as_json: bool, given: dict[str, Any],
-         loading: dict[str, Any], asked: dict[str, Any]) -> None:  # fmt: skip
-    """One question: open its run, do the steps, write the report, say what was found."""
+         loading: dict[str, Any], asked: dict[str, Any], memory: str | None, dry: bool) -> None:  # fmt: skip
+    """One question: open its run, do the steps, write the report, say what was found. Or, dry, say what that would take."""
     for name, allowed in CHOICES.items():
         if given.get(name) is not None and given[name] not in allowed:
             raise PatchclampError(f"--{name} {given[name]!r} was asked for: choose from {', '.join(allowed)}")
@@ -61,10 +65,21 @@ def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Pat
         subject, task, plan, loading, asked, out = _from_run(folder, given, loading, asked, out)
     found = common.find_task(str(task), asked.get("options"), asked.get("columns"), asked.get("chat", False), asked.get("bos"))
     model = common.load_model(subject, **loading)
+    if dry:
+        from patchclamp.cli.costs import show_cost
+
+        return show_cost(model, found, plan, steps or STEPS, out, memory, as_json)
     source = {"model": subject, "task": task, "loading": loading, "asked": asked}
-    with said_when_interrupted(), common.bars() as bars, open_run(out, model, found, plan, watch=bars.step, source=source) as run:
+    from patchclamp.study.cost import pieces_of
+
+    pieces = pieces_of(model, found, plan, steps or STEPS, memory)
+    with (
+        said_when_interrupted(),
+        common.bars(pieces) as bars,
+        open_run(out, model, found, plan, watch=bars.step, source=source) as run,
+    ):
         common.err.print(Text(f"{subject} on {found.name}: {run.folder}"))
-        study = map(model, found, plan, run, do=steps or STEPS, progress=bars.progress)
+        study = map(model, found, plan, run, do=steps or STEPS, progress=bars.progress, memory=memory)
         assert study.folder is not None
         report = write_report(study.folder)
     if as_json:
@@ -137,7 +152,7 @@ def _command(steps: tuple[str, ...] | None) -> Any:
         pressure: Pressure = None, faithfulness: Faithfulness = None, min_accuracy: MinAccuracy = None, random_circuits: Draws = None,
         no_nulls: NoNulls = False, force: Force = False, option: Options = None, columns: Columns = None, chat: Chat = False,
         bos: Bos = None, dtype: Dtype = None, device: Device = None, device_map: DeviceMap = None, revision: Revision = None,
-        tokenizer: Tokenizer = None, trust_remote_code: Trust = False, as_json: Json = False,
+        tokenizer: Tokenizer = None, trust_remote_code: Trust = False, memory: Memory = None, dry_run: DryRun = False, as_json: Json = False,
     ) -> None:  # fmt: skip
         given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction, "method": method,
                  "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
@@ -145,6 +160,6 @@ def _command(steps: tuple[str, ...] | None) -> Any:
         loading = {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision, "tokenizer": tokenizer,
                    "trust": trust_remote_code}  # fmt: skip
         asked = {"options": option, "columns": columns, "chat": chat, "bos": bos}
-        _ask(steps, subject, task, out, as_json, given, loading, asked)
+        _ask(steps, subject, task, out, as_json, given, loading, asked, memory, dry_run)
 
     return command

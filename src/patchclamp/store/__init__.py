@@ -76,7 +76,7 @@ class Run:
         Raises:
             StoreError: it cannot be written, is not empty and not a run, holds another question, is damaged, or is being written.
         """
-        place = Path(folder) if folder is not None else Path("runs") / digest[:12]
+        place = manifest.place_of(folder, digest)
         made = _make(place)
         try:
             held = lock.Lock(place)

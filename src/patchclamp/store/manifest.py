@@ -78,5 +78,29 @@ class Manifest:
         return cls(**body)
 
 
+def place_of(folder: Path | str | None, digest: str) -> Path:
+    """A run's folder: the one given, else runs/ and the first 12 characters of the question's digest."""
+    return Path(folder) if folder is not None else Path("runs") / digest[:12]
+
+
+def finished(folder: Path, digest: str) -> tuple[frozenset[str], str]:
+    """The finished steps of the question's run in `folder`, and whether it is "new", "unfinished" or "finished". Only read.
+
+    Raises:
+        StoreError: the folder holds another question's run, something that is no run, or a damaged manifest.
+    """
+    if not (folder / NAME).is_file():
+        if folder.is_file() or (
+            folder.is_dir() and {path.name for path in folder.iterdir() if path.name[0] != "."} - {"plan.json", "steps"}
+        ):
+            raise StoreError(f"{folder} is not a run's folder, and not empty: choose another --out")
+        return frozenset(), "new"
+    state = Manifest.read(folder)
+    if state.digest != digest:
+        raise StoreError(f"{folder} holds another run (of {state.task} on {state.model}): choose another --out")
+    steps = {name for name, step in state.steps.items() if all((folder / file).exists() for file in step.files)}
+    return frozenset(steps), state.status
+
+
 def _hash(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

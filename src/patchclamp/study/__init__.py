@@ -17,6 +17,7 @@ from patchclamp.discover import discover
 from patchclamp.discover.threshold import ranked
 from patchclamp.errors import PatchclampError
 from patchclamp.methods import attribute, effects, groups_of
+from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.parts import Fallback, Nodes, nodes
 from patchclamp.scores import Scores
@@ -118,6 +119,7 @@ def map(
     *,
     do: Collection[str] = STEPS,
     progress: Progress | None = None,
+    memory: int | str | None = None,
 ) -> Study:
     """Map one task on one model: baseline, gate, attribute, verify, circuit, trust.
 
@@ -128,14 +130,19 @@ def map(
         run: where finished steps are kept (`open_run`); by default nothing is kept.
         do: which steps; each brings what it needs.
         progress: told what is running, how much is done and how much there is.
+        memory: bytes that a folded pass may take, or "2GB", "50%" of what is free; by default a share of it
+            (`models.memory.budget`). It decides how many settings run at once, and is no part of the question.
+
+    Cost: see `study.cost.cost`.
 
     Raises:
         BaselineError: the model does not show the behaviour.
         TaskError: too few prompts fit the tokenizer.
+        BudgetError: memory that is no amount, or that the device does not have.
         PatchclampError: anything else that was asked and cannot be, with what to do.
     """
     task = load_task(task) if isinstance(task, str) else task
-    return carry_out(begin(model, task, plan or Plan(), run or Run.unsaved(), progress), do)
+    return carry_out(begin(model, task, plan or Plan(), run or Run.unsaved(), progress, memory), do)
 
 
 def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
@@ -157,11 +164,13 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
     return _finish(work)
 
 
-def begin(model: Model, task: Task, plan: Plan, run: Run, progress: Progress | None = None) -> Work:
+def begin(
+    model: Model, task: Task, plan: Plan, run: Run, progress: Progress | None = None, memory: int | str | None = None
+) -> Work:
     """Prompts, parts, fallback and baseline; raises `BaselineError` where the model does not show the behaviour."""
     told = progress or (lambda what, done, of: None)
     split = task.split(model.tokenizer, plan.n, seed=plan.seed)
-    parts = nodes(model)
+    parts = nodes(model, memory=budget(model.device, memory))
     kind = plan.fallback or ("resample" if split.fit[0].corrupt is not None else "mean")
     fallback = parts.fallback(kind, fit=split.fit)
     metric = steps.metric_for(split.confirm, plan.metric)

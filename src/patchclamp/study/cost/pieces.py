@@ -1,0 +1,136 @@
+"""Pieces of a map, each with what it takes: gate settings, passes, memory. What the code does is counted here once more.
+
+What depends on what will be found is given as expected and at most.
+"""
+
+from patchclamp.discover import sizes_of
+from patchclamp.errors import TaskError
+from patchclamp.methods.integrated import STEPS as MIDPOINTS
+from patchclamp.study.cost.job import Job, Line, line, total
+from patchclamp.study.cost.work import Amount
+from patchclamp.tasks import Examples
+from patchclamp.tasks._shift import shifted
+from patchclamp.trust import band_sizes, curve_sizes
+
+CIRCUIT = 0.5
+"""Of the parts, how many are expected in the circuit: 18 of 36 for indirect object identification in zoo/small."""
+TOP = 6
+"""Parts that are measured behind random prefixes; prompts that the report shows."""
+
+
+def learned(job: Job, kind: str, what: str) -> list[Line]:
+    """A mean: the fit set's prompts, and the corrupt ones where there are pairs."""
+    if kind.partition(":")[0] != "mean":
+        return []
+    fit = job.split.fit
+    shapes = job.shapes(fit, "zero")
+    passes = 1 if fit[0].corrupt is None else 2
+    return [line(job, "", f"mean for {what}", shapes, 0, total(job.engine.recording(shape) * passes for shape in shapes))]
+
+
+def baseline(job: Job) -> Line:
+    """Open and closed; open again for accuracy (with wrong answers) and for top-1."""
+    engine, shapes = job.engine, job.shapes(job.split.confirm)
+    more = 1 + bool(job.split.confirm[0].wrong)
+    amounts = (
+        engine.measure(shape, [engine.drawn(len(engine.layers), 0)], opened=True) + engine.plain(shape, more) for shape in shapes
+    )
+    return line(job, "baseline", "baseline", shapes, 2 + more, total(amounts))
+
+
+def exact(job: Job, step: str, examples: Examples, kind: str, noise: bool = True) -> Line:
+    """Every part closed alone; and the noise floor: four parts on four prompts together, and on each prompt by itself, whole."""
+    engine, shapes = job.engine, job.shapes(examples, kind)
+    amount = total(engine.measure(shape, engine.singles(), opened=True) for shape in shapes)
+    if noise:
+        some = examples.take(range(min(4, len(examples))))
+        tries = engine.singles()[:: max(1, len(engine.layers) // 4)][:4]
+        together = engine.shape(some.batch(), kind, job.metric)
+        alone = engine.shape(some.batch([0]), kind, job.metric)
+        once = (
+            engine.plain(alone)
+            + engine.measure(alone, tries[:1])
+            + engine.measure(alone, tries[:1], kept=True) * (len(tries) - 1)
+        )
+        amount += engine.measure(together, tries, opened=True) + once * len(some)
+    return line(job, step, "exact effects", shapes, len(engine.layers) + 1, amount)
+
+
+def attributions(job: Job, names: tuple[str, ...]) -> Line:
+    """One setting for gradient, as many as there are midpoints for integrated, exact effects again, nothing for random."""
+    engine, shapes = job.engine, job.shapes(job.split.confirm)
+    settings = {"gradient": 0 if job.metric.reference else 1, "integrated": MIDPOINTS, "random": 0}
+    amount, count = Amount(), 0
+    for name in names:
+        if name == "exact":
+            again = exact(job, "", job.split.confirm, job.kind)
+            amount, count = amount + again.expected, count + again.settings
+        elif settings[name]:
+            amount += total(engine.gradient(shape, settings[name]) for shape in shapes)
+            count += settings[name]
+    return line(job, "-".join(("attribution", *names)), "attribution", shapes, count, amount, backward=True)
+
+
+def behind_prefixes(job: Job) -> list[Line]:
+    """The top parts, as if all were in the first block, on moved prompts; a mean is learned on these anew."""
+    longest = getattr(job.model.anatomy.config, "max_position_embeddings", None) or getattr(
+        job.model.anatomy.config, "n_positions", None
+    )
+    try:
+        moved = shifted(job.split.confirm, longest, job.plan.seed)
+    except TaskError:
+        return []
+    engine, shapes, top = job.engine, job.shapes(moved), min(TOP, len(job.engine.layers))
+    learned = total(engine.recording(shape) * 2 for shape in shapes) if job.kind.partition(":")[0] == "mean" else Amount()
+    singles = [*engine.singles()[: top - 1], engine.singles()[-1]]  # one later: what starts from the model's own run
+    amount = total(engine.measure(shape, singles, opened=True) for shape in shapes)
+    return [line(job, "shifted", "behind random prefixes", shapes, top + 1, amount + learned)]
+
+
+def discover(job: Job) -> Line:
+    """The first k parts open, for every size k: the rest closed."""
+    engine, shapes, count = job.engine, job.shapes(job.split.select), len(job.engine.layers)
+
+    def amount(late: bool) -> Amount:
+        order = engine.order(late=late)
+        settings = [engine.closing(order[size:]) for size in sizes_of(count) if size < count]
+        return total(engine.measure(shape, settings, opened=True) for shape in shapes)
+
+    expected, most = amount(True), amount(False)
+    most = max(expected, most, key=lambda one: one.forward)
+    return line(job, "discover", "the circuit", shapes, len(sizes_of(count)), expected, most)
+
+
+def trust(job: Job) -> Line:
+    """Both ends, the circuit and the rest; the curve both ways; the circuit less each part; random circuits; the band."""
+    engine, shapes, count = job.engine, job.shapes(job.split.confirm), len(job.engine.layers)
+
+    def amount(size: int) -> tuple[Amount, int]:
+        grid, order = curve_sizes(count, size), engine.order()
+        closed = [order, order[size:], order[:size], *(order[k:] for k in grid), *(order[:k] for k in grid)]
+        closed += [[part, *order[size:]] for part in order[:size]]
+        closed += [engine.order(1 + draw)[size:] for draw in range(job.plan.random_circuits)]
+        closed += [engine.order(-1 - draw)[k:] for draw, k in enumerate(band_sizes(grid, size))]
+        settings = [engine.closing(parts) for parts in closed if parts]
+        return total(engine.measure(shape, settings, opened=True) for shape in shapes), len(closed) + 1
+
+    expected, settings = amount(max(1, round(CIRCUIT * count)))
+    most = max((amount(max(1, round(eighth * count / 8)))[0] for eighth in range(9)), key=lambda one: one.forward)
+    return line(job, "trust", "circuit against random ones", shapes, settings, expected, most)
+
+
+def prompts(job: Job) -> Line:
+    """The first prompts one by one: logits everywhere, those at the answer, and those before each token of a longer answer."""
+    confirm, engine = job.split.confirm, job.engine
+    shapes = [engine.shape(confirm.batch([number]), job.kind, job.metric) for number in range(min(TOP, len(confirm)))]
+    sides = [side[0] for side in (confirm[0].answers, confirm[0].wrong) if side]
+    longer = 0 if confirm[0].targets else sum(len(side) > 1 for side in sides)
+    at_targets = 0 if confirm[0].targets else 1
+    amounts = (engine.everywhere(shape) * (1 + longer) + engine.plain(shape) * at_targets for shape in shapes)
+    return line(job, "prompts", "prompts", shapes, 0, total(amounts))
+
+
+def patterns(job: Job) -> Line:
+    """One prompt."""
+    shapes = job.shapes(job.split.confirm.take([0]))
+    return line(job, "patterns-all", "patterns", shapes, 0, total(job.engine.everywhere(shape) for shape in shapes))
