@@ -50,7 +50,7 @@ class Room:
 
         The first block of a pass shows what a block takes: until then none is known.
         """
-        return torch.is_grad_enabled() and (self.every or self.kept + left * self.block > self.bytes)
+        return torch.is_grad_enabled() and (self.every or 0 < self.block > (self.bytes - self.kept) / left)
 
     @contextmanager
     def counted(self, hf: nn.Module) -> Generator[None]:
