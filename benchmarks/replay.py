@@ -1,14 +1,15 @@
-"""Exact sweeps by replay: against TransformerLens, against our own whole runs one by one, and against the arithmetic limit.
+"""Exact sweeps by replay: against TransformerLens and nnsight, against our own whole runs, and against the arithmetic limit.
 
-GPT-2-small shape (or a Llama shape with grouped queries), random weights, float32. TransformerLens runs in an environment of
-its own (made in --env, used again) on the same checkpoint, a random sample of the cells in turn with ours; its time is scaled
-to all cells. Results must agree to 1e-4.
+GPT-2-small shape (or a Llama shape with grouped queries), random weights, float32. Each peer runs in an environment of its own
+(made under --env, used again) on the same checkpoint, a random sample of the cells in turn with ours; its time is scaled to all
+cells. TransformerLens runs one whole pass a cell (its patching idiom), nnsight batched invokes (as many cells in one trace as make
+128 rows). Results must agree to 1e-4.
 
 The limit is the arithmetic that a sweep needs at least, divided by the rate at which the model's own blocks run 128 x 16
 tokens: in the patched layer only what changed; later layers from the first changed position on; in the layer right behind the
 patch no queries of unchanged positions; in the last layer queries, output projection and MLP at the answer position alone.
 
-    python benchmarks/replay.py [--env FOLDER] [--shape gpt2|llama] [--rows 1,2,3,4,5] [--sample 40]
+    python benchmarks/replay.py [--env FOLDER] [--shape gpt2|llama] [--rows 1,2,3,4,5] [--sample 40] [--peers transformerlens,nnsight]
 """
 
 import argparse
@@ -16,12 +17,13 @@ import json
 import subprocess
 import tempfile
 import time
+import venv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from patching_vs_transformerlens import VOCABULARY, environment, save
+from patching_vs_transformerlens import VOCABULARY, save
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -33,44 +35,87 @@ from patchclamp.tasks import Example, Examples, Pair
 
 TOLERANCE = 1e-4
 
-THEIRS = """
+COMMON = """
 import json, sys, time
 import torch
 from safetensors.torch import load_file, save_file
-from transformer_lens.model_bridge import TransformerBridge
 
 folder, threads = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(threads)
-model = TransformerBridge.boot_transformers(folder, device="cpu")
 loaded = load_file(folder + "/tokens.safetensors")
+{boot}
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
-    batch = job["batch"], job["length"]
-    base, source = loaded["base"][: batch[0], : batch[1]], loaded["source"][: batch[0], : batch[1]]
-    rows, out = torch.arange(batch[0]), []
+    base, source = (loaded[name][: job["batch"], : job["length"]] for name in ("base", "source"))
     with torch.no_grad():
-        names = lambda name: name.endswith(("hook_z", "o.hook_in", "hook_resid_post", "hook_out"))
-        _, cache = model.run_with_cache(source, names_filter=names)
-        start = time.perf_counter()
-        for layer, head, position in job["cells"]:
-            name = f"blocks.{layer}.attn.hook_z" if head is not None else f"blocks.{layer}.hook_resid_post"
-            def put(value, hook):
-                value = value.clone()
-                given = cache[name]
-                if head is None:
-                    value[:, position] = given[:, position]
-                elif position is None:
-                    value[:, :, head] = given[:, :, head]
-                else:
-                    value[:, position, head] = given[:, position, head]
-                return value
-            logits = model.run_with_hooks(base, fwd_hooks=[(name, put)])[:, -1]
-            out.append(logits[:, 10] - logits[:, 20])
-        seconds = time.perf_counter() - start
-    save_file({"out": torch.stack(out)}, folder + "/theirs.safetensors")
-    print(json.dumps({"seconds": seconds}), flush=True)
+        seconds, out = sweep(base, source, job["cells"])
+    save_file({{"out": out}}, folder + "/theirs.safetensors")
+    print(json.dumps({{"seconds": seconds}}), flush=True)
 """
+
+TRANSFORMERLENS = """
+from transformer_lens.model_bridge import TransformerBridge
+model = TransformerBridge.boot_transformers(folder, device="cpu")
+
+def sweep(base, source, cells):
+    names = lambda name: name.endswith(("hook_z", "o.hook_in", "hook_resid_post", "hook_out"))
+    _, cache = model.run_with_cache(source, names_filter=names)
+    out, start = [], time.perf_counter()
+    for layer, head, position in cells:
+        name = f"blocks.{layer}.attn.hook_z" if head is not None else f"blocks.{layer}.hook_resid_post"
+        def put(value, hook):
+            value, given = value.clone(), cache[name]
+            if head is None:
+                value[:, position] = given[:, position]
+            elif position is None:
+                value[:, :, head] = given[:, :, head]
+            else:
+                value[:, position, head] = given[:, position, head]
+            return value
+        logits = model.run_with_hooks(base, fwd_hooks=[(name, put)])[:, -1]
+        out.append(logits[:, 10] - logits[:, 20])
+    return time.perf_counter() - start, torch.stack(out)
+"""
+
+NNSIGHT = """
+from nnsight import LanguageModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+hf = AutoModelForCausalLM.from_pretrained(folder).eval()
+model = LanguageModel(hf, tokenizer=AutoTokenizer.from_pretrained(folder))
+gpt2 = hasattr(hf, "transformer")
+blocks = model.transformer.h if gpt2 else model.model.layers
+outputs = [block.attn.c_proj if gpt2 else block.self_attn.o_proj for block in blocks]
+wide = hf.config.hidden_size // hf.config.num_attention_heads
+
+def sweep(base, source, cells):
+    with model.trace(source):
+        zs, states = list().save(), list().save()
+        for block, output in zip(blocks, outputs):
+            zs.append(output.input)
+            states.append(block.output)
+    assert isinstance(states[0], torch.Tensor)
+    many, found, start = max(1, 128 // len(base)), [], time.perf_counter()
+    for first in range(0, len(cells), many):
+        with model.trace() as tracer:
+            out = list().save()
+            for layer, head, position in cells[first : first + many]:
+                with tracer.invoke(base):
+                    at = slice(None) if position is None else position
+                    if head is None:
+                        blocks[layer].output[:, at] = states[layer][:, at]
+                    else:
+                        own = slice(head * wide, (head + 1) * wide)
+                        outputs[layer].input[:, at, own] = zs[layer][:, at, own]
+                    logits = model.lm_head.output[:, -1]
+                    out.append(logits[:, 10] - logits[:, 20])
+        found += out
+    return time.perf_counter() - start, torch.stack(found)
+"""
+PEERS = {
+    "transformerlens": (("torch==2.13.0", "transformer-lens==4.3.0"), TRANSFORMERLENS),
+    "nnsight": (("torch==2.13.0", "transformers==5.23.0", "nnsight==0.8.1"), NNSIGHT),
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +127,12 @@ class Sweep:
     positions: bool
     batch: int
     length: int
+    every: int = 1
+    """Only every so manieth position is measured (shares of the limit are per cell)."""
+
+    @property
+    def chosen(self) -> range:
+        return range(self.every - 1, self.length, self.every)
 
 
 SWEEPS = (
@@ -89,7 +140,7 @@ SWEEPS = (
     Sweep("heads x 16 positions, 8 prompts of 16", "L*.h*", True, 8, 16),
     Sweep("heads, all positions, 8 prompts of 16", "L*.h*", False, 8, 16),
     Sweep("residual x 16 positions, 8 prompts", "L*.resid.post", True, 8, 16),
-    Sweep("residual x 256 positions, 1 prompt", "L*.resid.post", True, 1, 256),
+    Sweep("residual x 256 positions (every 16th), 1 prompt", "L*.resid.post", True, 1, 256, 16),
 )
 SHAPES: dict[str, Any] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY_OF_GPT2, attn_implementation="eager")),
@@ -149,7 +200,7 @@ def limit(model: Model, sweep: Sweep) -> float:
     head = model.anatomy.sizes[0].head_width * model.width
     per_layer = model.anatomy.sizes[0].heads if sweep.site == "L*.h*" else 1
     for layer in range(model.layers):
-        for position in range(sweep.length) if sweep.positions else [0]:
+        for position in sweep.chosen if sweep.positions else [0]:
             left, cells = sweep.length - position, 0.0
             changed = after if sweep.positions else left
             if sweep.site == "L*.h*":  # the head's own output projection, and the MLP where it reads the change
@@ -179,62 +230,92 @@ def cells_of(parts: Gated) -> list[tuple[int | None, int | None, int | None]]:
     return [(site.layer, site.index, site.position if isinstance(site.position, int) else None) for site in parts.labels]
 
 
-def run(model: Model, sweep: Sweep, tokens: tuple[Tensor, Tensor], folder: Path, peer: Any, sample: int) -> None:
+class Peer:
+    """Another library in a process of its own."""
+
+    def __init__(self, name: str, root: Path, folder: Path, threads: int):
+        pins, boot = PEERS[name]
+        place = root / name
+        python = place / "bin" / "python"
+        if not python.exists():
+            venv.create(place, with_pip=True)
+            subprocess.run([python, "-m", "pip", "install", "-q", *pins], check=True)
+        self.name, self.folder, self.errors = name, folder, folder / f"{name}.txt"
+        script = COMMON.format(boot=boot)
+        self.process = subprocess.Popen([python, "-c", script, folder, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors.open("w"), text=True)  # fmt: skip
+        self._line("ready")
+
+    def _line(self, wanted: str = "{") -> str:
+        assert self.process.stdout is not None
+        while line := self.process.stdout.readline():
+            if line.startswith(wanted):
+                return line
+        raise SystemExit(f"{self.name} stopped:\n{self.errors.read_text()[-3000:]}")
+
+    def sweep(self, job: dict[str, Any]) -> tuple[float, Tensor]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        seconds = float(json.loads(self._line())["seconds"])
+        return seconds, load_file(str(self.folder / "theirs.safetensors"))["out"]
+
+
+def run(model: Model, sweep: Sweep, tokens: tuple[Tensor, Tensor], peers: list[Peer], sample: int, repeats: int) -> None:
     base, source = (one[: sweep.batch, : sweep.length] for one in tokens)
-    parts = gated(model, [sweep.site], positions=range(sweep.length) if sweep.positions else ())
+    parts = gated(model, [sweep.site], positions=sweep.chosen if sweep.positions else ())
     batch, fallback = examples(base, source).batch(), parts.fallback("resample")
     fallback.at(batch)
     gates = 1 - torch.eye(len(parts.labels))[:, None, None]
     chosen = torch.randperm(len(gates), generator=torch.Generator().manual_seed(0))[:sample].tolist()
+    job = {"batch": sweep.batch, "length": sweep.length, "cells": [cells_of(parts)[number] for number in chosen]}
     parts.measure(batch, gates[:3], fallback)
     before = reset_peak()
-    ours, theirs, plain, rates, memory = [], [], [], [], 0.0
+    ours, plain, rates, apart, memory = list[float](), list[float](), list[float](), 0.0, 0.0
+    theirs: dict[str, list[float]] = {peer.name: [] for peer in peers}
     values = torch.empty(0)
-    for _ in range(2):
+    for _ in range(repeats):
+        rates.append(rate(model))
         start = time.perf_counter()
         values = parts.measure(batch, gates, fallback)
         ours.append(time.perf_counter() - start)
         memory = memory or (resident("VmHWM") - before) / 1024
-        job = {"batch": sweep.batch, "length": sweep.length, "cells": [cells_of(parts)[number] for number in chosen]}
-        peer.stdin.write(json.dumps(job) + "\n")
-        peer.stdin.flush()
-        answer = peer.stdout.readline()
-        if not answer:
-            raise SystemExit((folder / "errors.txt").read_text())
         rates.append(rate(model))
-        theirs.append(json.loads(answer)["seconds"] * len(gates) / len(chosen))
+        for peer in peers:
+            seconds, found = peer.sweep(job)
+            theirs[peer.name].append(seconds * len(gates) / len(chosen))
+            apart = max(apart, float((values[chosen] - found).abs().max()))
         start = time.perf_counter()
         with torch.no_grad():
             alone = [model.target_logits(batch, parts.edits(gates[[n]], fallback, batch)) for n in chosen[:10]]
         plain.append((time.perf_counter() - start) * len(gates) / 10)
-    peers = load_file(str(folder / "theirs.safetensors"))["out"]
-    apart = float((values[chosen] - peers).abs().max())
     alone_apart = max(
         float((METRICS["logit_diff"](one, batch)[0] - values[n]).abs().max()) for one, n in zip(alone, chosen, strict=False)
     )
     bound = limit(model, sweep) / max(rates)
-    ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
-    print(f"{sweep.name}: {len(gates)} cells")
-    print(f"  replay {min(ours):.2f} s; limit {bound:.2f} s ({bound / min(ours):.0%} of it); one by one {min(plain) / min(ours):.1f}x;"
-          f" TransformerLens {min(theirs):.1f} s = {min(theirs) / min(ours):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})")  # fmt: skip
-    print(
-        f"  differs from TransformerLens by {apart:.1e}, from whole runs by {alone_apart:.1e}; memory above the model {memory:.0f} MB",
-        flush=True,
-    )
+    shares = sorted(limit(model, sweep) / max(rates[2 * n : 2 * n + 2]) / one for n, one in enumerate(ours))
+    print(f"{sweep.name}: {len(gates)} cells, {repeats} repeats")
+    print(f"  replay {min(ours):.2f} s; limit {bound:.2f} s ({bound / min(ours):.0%} of it; by repeat {shares[0]:.0%} to {shares[-1]:.0%});"
+          f" one by one {min(plain) / min(ours):.1f}x; memory above the model {memory:.0f} MB")  # fmt: skip
+    for name, seconds in theirs.items():
+        ratios = [t / o for t, o in zip(seconds, ours, strict=True)]
+        print(f"  {name} {min(seconds):.1f} s = {min(seconds) / min(ours):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})")
+    print(f"  differs from peers by {apart:.1e}, from whole runs by {alone_apart:.1e}", flush=True)
     if max(apart, alone_apart) > TOLERANCE:
         raise SystemExit("the numbers differ")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", type=Path, default=Path(tempfile.gettempdir()) / "patchclamp-transformerlens")
+    parser.add_argument("--env", type=Path, default=Path(tempfile.gettempdir()) / "patchclamp-peers")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="gpt2")
     parser.add_argument("--rows", default="1,2,3,4,5")
     parser.add_argument("--sample", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", default="transformerlens,nnsight")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    python = environment(options.env)
     torch.manual_seed(0)
     hf = SHAPES[options.shape]().eval()
     tokens = torch.randint(3, VOCABULARY, (2, 8, 256))
@@ -242,16 +323,12 @@ def main() -> None:
         folder = Path(place)
         save(hf, folder, tokens[0], tokens[1])
         model = Model.load(hf)
-        peer = subprocess.Popen([python, "-c", THEIRS, folder, str(options.threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=(folder / "errors.txt").open("w"), text=True)  # fmt: skip
-        assert peer.stdout is not None
-        while not peer.stdout.readline().startswith("ready"):
-            if peer.poll() is not None:
-                raise SystemExit("TransformerLens could not be started")
+        peers = [Peer(name, options.env, folder, options.threads) for name in options.peers.split(",") if name]
         print(f"{options.shape}, {model.parameters / 1e6:.0f} M parameters, {options.threads} threads, torch {torch.__version__}")
         for row in options.rows.split(","):
-            run(model, SWEEPS[int(row) - 1], (tokens[0], tokens[1]), folder, peer, options.sample)
-        peer.terminate()
+            run(model, SWEEPS[int(row) - 1], (tokens[0], tokens[1]), peers, options.sample, options.repeats)
+        for peer in peers:
+            peer.process.terminate()
 
 
 if __name__ == "__main__":
