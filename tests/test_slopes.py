@@ -185,6 +185,20 @@ def test_settings_fold_by_what_the_first_kept() -> None:
     torch.testing.assert_close(found[1], parts.gradient(batch, gates, fallback)[1], rtol=0, atol=1e-12)  # float64
 
 
+@pytest.mark.parametrize("memory", [1 << 30, 1], ids=["kept", "recomputed"])
+def test_frozen_routing_is_that_of_the_models_own_run(memory: int) -> None:
+    parts = nodes(deep("mixtral", 3, torch.float32), memory=memory, routing="frozen")
+    batch, fallback = examples(3, lengths=(7, 5)).batch(), parts.fallback("resample")
+    gates = torch.cat([parts.open(), drawn(parts, 2).float()])
+    values, found = parts.gradient(batch, gates, fallback)
+    torch.testing.assert_close(values, parts.measure(batch, gates, fallback), rtol=1e-4, atol=1e-5)  # float32
+    step = 1e-2 * torch.eye(len(parts.labels))[:, None, None]
+    for number, gate in enumerate(gates):
+        up, down = (parts.measure(batch, gate[None] + sign * step, fallback) for sign in (1, -1))
+        # with experts chosen once for all the metric is smooth: rounding / step, and the square of the step
+        torch.testing.assert_close(found[number], (up - down).T / 2e-2, rtol=1e-2, atol=3e-3)
+
+
 # --- memory that runs out all the same
 
 
