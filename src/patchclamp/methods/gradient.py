@@ -1,7 +1,10 @@
 """Gradient: the slope of the benefit in each gate with every gate open (attribution patching; Nanda 2023, Syed et al. 2310.10348).
 
 score(part) = d benefit / d gate at gate = 1, which is <value - fallback, d benefit / d value>: the first-order estimate of what
-closing the gate takes.   Cost: one forward and one backward pass.
+closing the gate takes.
+
+Cost: one forward and one backward pass (weights require no gradients, so each costs at most what a plain forward pass does), and one
+forward pass for the fallback: 3.2 plain forward passes at most. Where memory is short, up to one forward pass more.
 """
 
 from jaxtyping import Float
