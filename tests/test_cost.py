@@ -170,9 +170,9 @@ def test_what_settings_share_is_counted_once():
 
 
 def test_seconds_are_calls_and_prompts():
-    pace = Pace(Rate(0.5, 0.1, 0.9, 1.2), Rate(0.0, 0.2, 1.0, 1.0), Rate(1.0, 0.0, 0.5, 2.0))
+    pace = Pace(Rate(0.5, 0.1, 1.1, 1.2), Rate(0.0, 0.2, 1.0, 1.0), Rate(1.0, 0.0, 1.5, 2.0))
     about, low, high = pace.seconds(Amount(2.0, 10.0, 1.0, 5.0, 3.0, 7.0))
-    assert (about, low, high) == pytest.approx((2 + 1 + 3, 0.9 * 2 + 1 + 1.5, 1.2 * 2 + 1 + 6))
+    assert (about, low, high) == pytest.approx((1.1 * 2 + 1 + 4.5, 2 + 1 + 3, 1.2 * 2 + 1 + 6))
 
 
 def test_the_calibration_is_of_this_machine(small: Model, ioi: Task):
@@ -182,7 +182,7 @@ def test_the_calibration_is_of_this_machine(small: Model, ioi: Task):
     job = job_of(small, ioi, PLAN)
     pace = calibrated(job)
     for rate in (pace.plain, pace.folded, pace.sloped):
-        assert rate.call >= 0 and rate.prompt >= 0 and rate.seconds(1.0, 16.0) > 0 and 0 < rate.fast <= 1 <= rate.slow
+        assert rate.call >= 0 and rate.prompt >= 0 and rate.seconds(1.0, 16.0) > 0 and 1 <= rate.mean <= rate.slow
     batch, engine = job.split.confirm.batch(), job.engine
     shape = engine.shape(batch, "resample", job.metric)
     gates = job.parts.open(37)

@@ -30,7 +30,7 @@ REPORT = 4.0
 
 @dataclass(frozen=True)
 class Seconds:
-    """About how long; from `low`, at the pace of the fastest repeats, to `high`, at that of the slowest, if all takes its most."""
+    """About how long; from `low`, if nothing disturbs it, to `high`, as disturbed as the slowest repeats and if all takes its most."""
 
     about: float
     low: float

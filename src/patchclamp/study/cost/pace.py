@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 
 import torch
 
@@ -17,20 +16,22 @@ from patchclamp.tasks._batch import Batch
 
 ALLOWED = 0.25
 """Seconds that the repeats of one kind of run take together, where two of them do not take longer."""
+LONGEST = 2.0
+"""Seconds from which one run is not made larger. Below it, it is, where that took less than twice as long: calls are what it costs."""
 SMALLEST = 1 / 256
 """Of the map's size, what is timed first; then four times as much."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Seconds of one kind of run: `call` for each call of the model and `prompt` for each prompt in it.
+    """Seconds of one kind of run, where nothing disturbs it: `call` for each call of the model and `prompt` for each prompt in it.
 
-    `fast` and `slow` are what the fastest and the slowest of the repeats took, over their median.
+    `mean` and `slow` are what the repeats took in the mean, and the slowest of them, over the fastest: how busy the machine is.
     """
 
     call: float
     prompt: float
-    fast: float
+    mean: float
     slow: float
 
     def seconds(self, calls: float, prompts: float) -> float:
@@ -47,12 +48,12 @@ class Pace:
     sloped: Rate
 
     def seconds(self, amount: Amount) -> tuple[float, float, float]:
-        """About, at the pace of the fastest repeats, and of the slowest."""
+        """About, undisturbed, and as disturbed as the slowest repeats were."""
         each = [
             (rate, rate.seconds(getattr(amount, f"{kind}_calls"), getattr(amount, kind)))
             for kind, rate in (("plain", self.plain), ("folded", self.folded), ("sloped", self.sloped))
         ]
-        return sum(s for _, s in each), sum(rate.fast * s for rate, s in each), sum(rate.slow * s for rate, s in each)
+        return sum(rate.mean * s for rate, s in each), sum(s for _, s in each), sum(rate.slow * s for rate, s in each)
 
 
 Workload = Callable[[float], tuple[Callable[[], object], Amount]]
@@ -61,14 +62,14 @@ Workload = Callable[[float], tuple[Callable[[], object], Amount]]
 
 def calibrated(job: Job, kinds: Collection[str] = ("folded", "sloped")) -> Pace:
     """Time each kind of work that there is (`plain` always), on more and more prompts until it takes long enough to be measured or
-    is as large as in the map. Costs about a second; where even one prompt takes longer, four runs of one prompt each."""
+    is as large as in the map. Costs about a second; more on a busy machine, or where one prompt takes as long."""
     plain = _rate(partial(_plain, job), "plain", None)
     folded = _rate(partial(_folded, job), "folded", plain) if "folded" in kinds else plain
     return Pace(plain, folded, _rate(partial(_sloped, job), "sloped", plain) if "sloped" in kinds else plain)
 
 
 def _rate(made: Workload, kind: str, plain: Rate | None) -> Rate:
-    """The line through the smallest size and the largest, the median of whose repeats counts."""
+    """The line through the fastest runs of the smallest size and of the largest."""
 
     def seconds(run: Callable[[], object], amount: Amount) -> float:
         began = time.perf_counter()
@@ -77,24 +78,30 @@ def _rate(made: Workload, kind: str, plain: Rate | None) -> Rate:
         beside = 0.0 if plain is None else plain.seconds(amount.plain_calls, amount.plain)
         return max(spent - beside, spent / 10)  # what runs beside it was timed by itself, and may be most of it
 
+    def repeated(run: Callable[[], object], amount: Amount, allowed: float) -> list[float]:
+        found = [seconds(run, amount)]
+        while len(found) < 3 or (sum(found) < allowed and len(found) < 9):
+            if sum(found) > LONGEST:
+                break
+            found.append(seconds(run, amount))
+        return found
+
     share, (run, few) = SMALLEST, made(SMALLEST)
     run()  # warms up
-    least = seconds(run, few)
-    amount, took = few, least
-    while took < ALLOWED and share < 1:
-        share *= 4
+    small = repeated(run, few, ALLOWED / 4)
+    amount, took, before = few, min(small), 0.0
+    while share < 1 and (took < ALLOWED or (took < LONGEST and (not before or took < 2 * before))):
+        share, before = 4 * share, took
         run, amount = made(share)
         took = seconds(run, amount)
-    repeats = [seconds(run, amount), seconds(run, amount)]
-    while sum(repeats) < ALLOWED and len(repeats) < 9:
-        repeats.append(seconds(run, amount))
-    middle = median(repeats)
+    large = small if amount is few else [took, *repeated(run, amount, ALLOWED)]
     (calls, prompts), (few_calls, few_prompts) = _size(amount, kind), _size(few, kind)
-    # least = call * few_calls + prompt * few_prompts, middle = call * calls + prompt * prompts; neither below zero
+    # fastest = call * calls + prompt * prompts for both sizes, neither below zero
     across = few_calls * prompts - few_prompts * calls
-    call = (least * prompts - middle * few_prompts) / across if across > 0 else 0.0
-    call = min(max(call, 0.0), middle / calls)
-    return Rate(call, (middle - call * calls) / prompts, min(repeats) / middle, max(repeats) / middle)
+    call = (min(small) * prompts - min(large) * few_prompts) / across if across > 0 else 0.0
+    call = min(max(call, 0.0), min(large) / calls)
+    ratios = [one / min(each) for each in (small, large) for one in each]
+    return Rate(call, (min(large) - call * calls) / prompts, sum(ratios) / len(ratios), max(ratios))
 
 
 def _size(amount: Amount, kind: str) -> tuple[float, float]:
