@@ -90,7 +90,20 @@ def patch(
         )  # fmt: skip
 
     loading = (dtype, device, device_map, revision, tokenizer, trust_remote_code)
-    _ask(model, task, loading, (option, columns, chat, bos), n, seed, "patching", run, top, out, as_json, fallback.partition(":")[0] == "mean")
+    _ask(
+        model,
+        task,
+        loading,
+        (option, columns, chat, bos),
+        n,
+        seed,
+        "patching",
+        run,
+        top,
+        out,
+        as_json,
+        fallback.partition(":")[0] == "mean",
+    )
 
 
 def paths(
@@ -112,7 +125,20 @@ def paths(
         )  # fmt: skip
 
     loading = (dtype, device, device_map, revision, tokenizer, trust_remote_code)
-    _ask(model, task, loading, (option, columns, chat, bos), n, seed, "path patching", run, top, out, as_json, fallback.partition(":")[0] == "mean")
+    _ask(
+        model,
+        task,
+        loading,
+        (option, columns, chat, bos),
+        n,
+        seed,
+        "path patching",
+        run,
+        top,
+        out,
+        as_json,
+        fallback.partition(":")[0] == "mean",
+    )
 
 
 def trace(
