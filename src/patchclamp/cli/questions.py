@@ -29,6 +29,9 @@ Fallback = Annotated[
 ]
 Second = Annotated[str | None, typer.Option(help="The fallback that effects are repeated under.")]
 Direction = Annotated[str | None, typer.Option(help="noising or denoising. [default: noising]")]
+Routing = Annotated[
+    str | None, typer.Option(help="Of a mixture of experts: free, or frozen to that of the model's own run. [default: free]")
+]
 Method = Annotated[str | None, typer.Option(help="exact, gradient, integrated, random. [default: integrated]")]
 Budget = Annotated[str | None, typer.Option(help="Of the learned gates: default, code (the authors' code), paper (its text).")]
 Pressure = Annotated[float | None, typer.Option("--lambda", help="Pressure on the gates; by default the budget's.")]
@@ -148,13 +151,15 @@ def add(app: typer.Typer) -> None:
 def _command(steps: tuple[str, ...] | None) -> Any:
     def command(
         subject: Subject, task: TaskArgument = None, out: Out = None, n: N = None, seed: Seed = None, metric: Metric = None,
-        fallback: Fallback = None, second: Second = None, direction: Direction = None, method: Method = None, budget: Budget = None,
+        fallback: Fallback = None, second: Second = None, direction: Direction = None,
+        routing: Routing = None, method: Method = None, budget: Budget = None,
         pressure: Pressure = None, faithfulness: Faithfulness = None, min_accuracy: MinAccuracy = None, random_circuits: Draws = None,
         no_nulls: NoNulls = False, force: Force = False, option: Options = None, columns: Columns = None, chat: Chat = False,
         bos: Bos = None, dtype: Dtype = None, device: Device = None, device_map: DeviceMap = None, revision: Revision = None,
         tokenizer: Tokenizer = None, trust_remote_code: Trust = False, memory: Memory = None, dry_run: DryRun = False, as_json: Json = False,
     ) -> None:  # fmt: skip
-        given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction, "method": method,
+        given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction,
+                 "routing": routing, "method": method,
                  "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
                  "random_circuits": random_circuits, "nulls": False if no_nulls else None, "force": True if force else None}  # fmt: skip
         loading = {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision, "tokenizer": tokenizer,

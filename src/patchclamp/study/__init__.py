@@ -170,7 +170,7 @@ def begin(
     """Prompts, parts, fallback and baseline; raises `BaselineError` where the model does not show the behaviour."""
     told = progress or (lambda what, done, of: None)
     split = task.split(model.tokenizer, plan.n, seed=plan.seed)
-    parts = nodes(model, memory=budget(model.device, memory))
+    parts = nodes(model, memory=budget(model.device, memory), routing=plan.routing)
     kind = plan.fallback or ("resample" if split.fit[0].corrupt is not None else "mean")
     fallback = parts.fallback(kind, fit=split.fit)
     metric = steps.metric_for(split.confirm, plan.metric)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from patchclamp.discover.threshold import Order
 from patchclamp.errors import PatchclampError
@@ -10,6 +10,7 @@ from patchclamp.gating import GatingSettings, gating_settings
 from patchclamp.methods import Direction, method_names
 from patchclamp.metrics import metric_named
 from patchclamp.parts import FALLBACKS
+from patchclamp.parts.gated import Routing
 
 STEPS = ("gate", "attribute", "verify", "discover", "trust")
 """What a map does, in order; each can be asked for alone."""
@@ -28,6 +29,7 @@ class Plan:
         fallback: what a closed gate passes; by default resample where there are pairs, else mean.
         second: the fallback that effects are repeated under; by default mean (zero where mean is the first).
         direction: noising closes parts on clean prompts; denoising puts clean values into corrupt prompts.
+        routing: of a mixture of experts: free, or frozen to that of the model's own run.
         method: the attribution that `attribute` gives beside exact effects.
         budget: of the learned gates: default, code (the authors' code), paper (its text).
         pressure: lambda of the learned gates; by default the budget's.
@@ -45,6 +47,7 @@ class Plan:
     fallback: str | None = None
     second: str | None = None
     direction: Direction = "noising"
+    routing: Routing = "free"
     method: str = "integrated"
     budget: Budget = "default"
     pressure: float | None = None
@@ -60,6 +63,8 @@ class Plan:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise PatchclampError(f"{name} {value} was asked for: choose a number from {low} to {high}")
+        if self.routing not in get_args(Routing):
+            raise PatchclampError(f"routing {self.routing!r} was asked for: choose from {', '.join(get_args(Routing))}")
         if self.seed < 0:
             raise PatchclampError(f"seed {self.seed} was asked for: choose 0 or more")
         if self.n is not None and self.n < FEWEST:

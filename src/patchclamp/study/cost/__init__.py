@@ -125,7 +125,7 @@ def pieces_of(
 def job_of(model: Model, task: Task, plan: Plan, memory: int | str | None = None) -> Job:
     """The question with its prompts drawn and its parts made."""
     split = task.split(model.tokenizer, plan.n, seed=plan.seed)
-    return Job(model, plan, split, nodes(model, memory=budget(model.device, memory)), plan.gating)
+    return Job(model, plan, split, nodes(model, memory=budget(model.device, memory), routing=plan.routing), plan.gating)
 
 
 def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Line]:
