@@ -12,12 +12,15 @@ agree to 1e-3 of the largest.
 """
 
 import argparse
+import ctypes
+import itertools
 import json
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,15 @@ from patching_vs_transformerlens import VOCABULARY, environment, save
 from replay import SHAPES, examples, reset_peak, resident
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchclamp.methods import gradient, integrated
 from patchclamp.metrics import METRICS
+from patchclamp.models.memory import total
 from patchclamp.models.model import Model
 from patchclamp.parts import Nodes, nodes
+from patchclamp.parts.limits import limits_of
 from patchclamp.tasks import Examples
 
 METRIC = METRICS["logit_diff"]
@@ -109,7 +115,8 @@ def flops(call: Callable[[], object]) -> int:
 
 
 def peak(call: Callable[[], object]) -> float:
-    """MB above what is resident before the call."""
+    """MB above what is resident before the call, once the C library has given back what it holds for later."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = reset_peak()
     call()
     return (resident("VmHWM") - before) / 1024
@@ -137,21 +144,33 @@ def costs(parts: Nodes, made: Examples, steps: list[int], repeats: int) -> None:
               flush=True)  # fmt: skip
 
 
-def memory(model: Model, made: Examples) -> None:
-    """Peaks above the loaded model with everything kept, half of the blocks, and one."""
-    roomy = nodes(model, memory=1 << 40)
-    attributed(roomy, made, 0)
-    needed = peak(lambda: attributed(roomy, made, 0))
-    kept = attributed(roomy, made, 0)
-    print(f"  memory above the model: all kept {needed:.0f} MB", end="")
-    for name, share in (("half of it allowed", 0.5), ("none allowed", 0.0)):
-        tight = nodes(model, memory=max(1, int(share * needed * 2**20)))
-        attributed(tight, made, 0)
-        taken = peak(lambda tight=tight: attributed(tight, made, 0))
-        longer = seconds(lambda tight=tight: attributed(tight, made, 0)) / seconds(lambda: attributed(roomy, made, 0))
-        apart = float((attributed(tight, made, 0) - kept).abs().max() / kept.abs().max())
-        print(f"; {name} {taken:.0f} MB, {longer:.2f} times as long, slopes differ by {apart:.0e}", end="")
-    print(flush=True)
+def live(call: Callable[[], object]) -> float:
+    """MB that tensors made by the call hold at once at most, as torch's allocator counts them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    found: Any = seen.profiler
+    changes = sorted((one.start_ns(), one.nbytes()) for one in found.kineto_results.events() if one.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes)) / 2**20
+
+
+def memory(model: Model, made: Examples, repeats: int) -> None:
+    """Peaks of one gradient above the loaded model and the fallback's values, where all is kept, half of it, as little as can be."""
+    batch = made.batch()
+    fallback = nodes(model).fallback("resample")
+    fallback.at(batch)
+    needed, kept, first = 0.0, torch.empty(0), None
+    for name, share in (("all kept", None), ("half allowed", 0.5), ("none allowed", 0.0)):
+        parts = nodes(model, memory=total(model.device) if share is None else max(1, int(share * needed)))
+        found = parts.gradient(batch, parts.open(), fallback, METRIC)[1]
+        call = partial(parts.gradient, batch, parts.open(), fallback, METRIC)
+        tensors, process = live(call), peak(call)
+        if share is None:
+            needed, kept, first = len(batch.tokens) * max(limits_of(parts).rows.values()), found, call
+        assert first is not None
+        longer = [seconds(call) / seconds(first) for _ in range(repeats)]
+        apart = float((found - kept).abs().max() / kept.abs().max())
+        print(f"  {name:12} {tensors:4.0f} MB of tensors, {process:4.0f} MB of the process, {spread(longer)} times as long, "
+              f"slopes differ by {apart:.0e}", flush=True)  # fmt: skip
 
 
 def peer_of(python: Path, folder: Path, threads: int) -> Any:
@@ -216,7 +235,7 @@ def main() -> None:
             attributed(parts, made, 0)
             print(f"{size[0]} prompts of {size[1]} tokens, {len(parts.counted)} heads and MLPs")
             costs(parts, made, [int(many) for many in options.steps.split(",") if many], options.repeats)
-            memory(model, made)
+            memory(model, made, options.repeats)
             if peer is not None:
                 against(peer, folder, parts, made, size, options.repeats)
         if peer is not None:
