@@ -17,6 +17,7 @@ from patchclamp.models.model import Model
 from patchclamp.models.replay import why_plain
 from patchclamp.models.standing import Start
 from patchclamp.parts import Gated, gated, nodes
+from patchclamp.parts.fallbacks import Own
 from patchclamp.sites import KINDS, Site
 from patchclamp.tasks._batch import Batch
 from test_parts import examples, plainly
@@ -95,6 +96,27 @@ def test_windows_of_layers_are_settings():
     with torch.no_grad():
         expected = plainly(parts, batch, gates, fallback)
     torch.testing.assert_close(parts.measure(batch, gates, fallback), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text"])
+def test_under_noise_each_column_is_that_of_the_blurred_run(name: str):
+    """Heads and MLPs at single positions put back to the clean run's, while noise is added to the embeddings: from the middle
+    as whole runs one by one, in the first block too."""
+    model, batch = model_of(name), examples(3).batch()
+    parts = gated(model, ["L*.h*", "L*.mlp", "L*.resid.post"], positions=(2, 4, 6))
+    own = Own(parts.record, "fact")
+    own.at(batch)
+    noise = (
+        torch.randn(*batch.tokens.shape, model.width, generator=torch.Generator().manual_seed(0))
+        * batch.columns("fact")[..., None]
+    )
+    blurred, gates = parts.under(noise), 1 - torch.eye(len(parts.labels))[:, None, None]
+    with torch.no_grad():
+        rows = [
+            METRICS["logit_diff"](model.target_logits(batch, {**blurred.base(), **parts.edits(one[None], own, batch)}), batch)[0]
+            for one in gates
+        ]
+    torch.testing.assert_close(blurred.measure(batch, gates, own), torch.stack(rows), atol=2e-5, rtol=1e-4)
 
 
 def test_what_can_have_no_gate():

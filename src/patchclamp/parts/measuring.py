@@ -11,6 +11,8 @@ from torch import Tensor
 
 from patchclamp.edits import Put
 from patchclamp.metrics import Metric
+from patchclamp.models.checkpointing import ran_out
+from patchclamp.models.editing import Edits
 from patchclamp.models.replay import capped, reference, trimmed, why_plain
 from patchclamp.models.standing import Start, projections, why_whole_vocabulary
 from patchclamp.models.tree import Pattern, apart, grow
@@ -47,106 +49,110 @@ class Route:
     alone: bool
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is measured.
+
+    Args:
+        parts: whose gates.
+        batch: on which prompts, on the model's device.
+        gates: the settings.
+        fallback: what closed gates pass.
+        metric: what is measured.
+        asked: the batch, its answers numbered as in the logits that are computed.
+    """
+
+    parts: "Gated"
+    batch: Batch
+    gates: Tensor
+    fallback: Fallback
+    metric: Metric
+    asked: Batch
+
+    def itself(self, start: Start) -> Float[Tensor, " example"]:
+        """The metric of the model's own run."""
+        assert start.logits is not None
+        return self.metric(start.logits[None], self.batch, start.logits if self.metric.reference else None)[0]
+
+    def edits(self, gates: Tensor, start: Start) -> Edits:
+        """The settings' edits, behind what is added to the embeddings in every run."""
+        edits = self.parts.compiled(gates, self.fallback, self.batch, start)
+        if self.parts.added is None:
+            return edits
+        if start.tree is None:
+            return {**self.parts.base(), **edits}
+        return {Site("embed"): Put(start.inputs[0][:, start.column : start.stop]), **edits}
+
+    def run(self, some: Sequence[int], start: Start) -> dict[int, Tensor] | None:
+        """The metric of some settings side by side; None where memory ran out (said, and fewer run at once from then on)."""
+        try:
+            logits = self.parts.model.target_logits(self.batch, self.edits(self.gates[list(some)], start), len(some), start)
+        except RuntimeError as error:
+            _shrink(self.parts, error, len(some))
+            return None
+        plain = start.logits if self.metric.reference else None
+        return dict(zip(some, self.metric(logits, self.asked, plain), strict=True))
+
+
 def measured(
     parts: "Gated", batch: Batch, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, metric: Metric
 ) -> Float[Tensor, "setting example"]:
     """What `Gated.measure` gives."""
     with torch.no_grad():
         found = routes(parts, batch, gates, fallback)
-        moved = [number for number, route in enumerate(found) if route is not None]
-        start, asked = _start(parts, batch, metric, [route for route in found if route is not None], len(found))
-        plain = start.logits if metric.reference else None
+        ways = {number: route for number, route in enumerate(found) if route is not None}
+        start, asked = _start(parts, batch, metric, list(ways.values()), len(found))
+        question = Question(parts, batch, gates, fallback, metric, asked)
         out: dict[int, Tensor] = {}
-        if len(moved) < len(found):
-            assert start.logits is not None
-            out = dict.fromkeys(set(range(len(found))) - set(moved), metric(start.logits[None], batch, plain)[0])
-        if start.inputs:
-            groups: dict[tuple[int, int], list[int]] = {}
-            for number in moved:
-                route = found[number]
-                assert route is not None
-                groups.setdefault((route.column, -1 if route.changed is None else route.changed), []).append(number)
-            for column, changed in sorted(groups):
-                here = replace(start, column=column, changed=None if changed < 0 else changed)
-                out |= _rising(parts, batch, gates, fallback, metric, asked, here, groups[column, changed], found)
-        else:
-            out |= _whole(parts, batch, gates, fallback, metric, asked, start, moved)
+        if len(ways) < len(found):
+            out = dict.fromkeys(set(range(len(found))) - set(ways), question.itself(start))
+        groups: dict[tuple[int, int], dict[int, Route]] = {}
+        for number, route in ways.items() if start.inputs else ():
+            groups.setdefault((route.column, -1 if route.changed is None else route.changed), {})[number] = route
+        for column, changed in sorted(groups):
+            here = replace(start, column=column, changed=None if changed < 0 else changed)
+            out |= _rising(question, here, groups[column, changed])
+        rest = [] if start.inputs else list(ways)
+        while rest:  # whole runs
+            some = rest[: parts.fold(batch)]
+            made = question.run(some, start)
+            out |= made or {}
+            rest = rest[len(some) :] if made else rest
     return torch.stack([out[number] for number in range(len(found))])
 
 
-def _whole(
-    parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback, metric: Metric, asked: Batch, start: Start, moved: list[int]
-) -> dict[int, Tensor]:
-    """Whole runs, as many side by side as memory allows."""
-    out: dict[int, Tensor] = {}
-    base = parts.base()
-    while moved:
-        some = moved[: parts.fold(batch)]
-        try:
-            logits = parts.model.target_logits(
-                batch, {**base, **parts.compiled(gates[some], fallback, batch, start)}, len(some), start
-            )
-        except RuntimeError as error:
-            _shrink(parts, error, len(some))
-            continue
-        out |= zip(some, metric(logits, asked, start.logits if metric.reference else None), strict=True)
-        moved = moved[len(some) :]
-    return out
-
-
-def _rising(
-    parts: "Gated",
-    batch: Batch,
-    gates: Tensor,
-    fallback: Fallback,
-    metric: Metric,
-    asked: Batch,
-    start: Start,
-    moved: list[int],
-    found: Sequence[Route | None],
-) -> dict[int, Tensor]:
+def _rising(question: Question, start: Start, ways: dict[int, Route]) -> dict[int, Tensor]:
     """Settings of one first column, each from its own block, in the order of the tree so that those alike stand together."""
-    ways = {number: route for number in moved if (route := found[number]) is not None}
-    fresh = _fresh(parts, batch, gates, fallback, start, ways) if start.changed is not None else {}
-    last, targets = parts.model.layers, set(batch.target_position.tolist())
+    parts, batch = question.parts, question.batch
+    fresh = _fresh(question, start, ways) if start.changed is not None else {}
+    last = parts.model.layers
     joins = {number: way.block + ((way.block, way.pattern) in fresh) for number, way in ways.items()}
     out: dict[int, Tensor] = {}
-    if start.changed not in targets and start.changed is not None:
-        assert start.logits is not None
-        still = [n for n in moved if joins[n] == last and not ways[n].pattern[2 * last]]
-        own = metric(start.logits[None], batch, start.logits if metric.reference else None)[0]
-        out = dict.fromkeys(still, own)
-    rest = sorted((n for n in moved if n not in out), key=lambda n: (joins[n], [-one for one in ways[n].pattern]))
+    if start.changed is not None and start.changed not in set(batch.target_position.tolist()):  # nobody looks there any more
+        gone = [number for number, way in ways.items() if joins[number] == last and not way.pattern[2 * last]]
+        out = dict.fromkeys(gone, question.itself(start))
+    rest = sorted(ways.keys() - out.keys(), key=lambda number: (joins[number], [-one for one in ways[number].pattern]))
     while rest:
         some = rest[: parts.fold(batch, column=start.column)]
-        tree = grow([ways[n].pattern for n in some], [joins[n] for n in some])
+        tree = grow([ways[number].pattern for number in some], [joins[number] for number in some])
         begun: dict[int, Tensor] = {}
         for block, level in enumerate(tree.levels) if fresh else ():
             starting = [ways[some[setting]] for setting in level.settings[level.going :]]
             if starting:
                 own = start.inputs[block][:, start.changed]
                 begun[block] = torch.stack([fresh.get((way.block, way.pattern), own) for way in starting])
-        here = replace(start.behind(start.column, tree), fresh=begun)
-        edits = parts.compiled(gates[some], fallback, batch, here)
-        if parts.added is not None:
-            edits = {**edits, Site("embed"): Put(start.inputs[0][:, start.column :])}
-        try:
-            logits = parts.model.target_logits(batch, edits, len(some), here)
-        except RuntimeError as error:
-            _shrink(parts, error, len(some))
-            continue
-        out |= zip(some, metric(logits, asked, start.logits if metric.reference else None), strict=True)
-        rest = rest[len(some) :]
+        made = question.run(some, replace(start.behind(start.column, tree), fresh=begun))
+        out |= made or {}
+        rest = rest[len(some) :] if made else rest
     return out
 
 
-def _fresh(
-    parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback, start: Start, ways: dict[int, Route]
-) -> dict[tuple[int, Pattern], Tensor]:
+def _fresh(question: Question, start: Start, ways: dict[int, Route]) -> dict[tuple[int, Pattern], Tensor]:
     """What the changed column holds behind the first block of settings that change nothing else there: that column alone runs.
 
     By block and pattern: [row, width]. All first blocks run in one call, each for its own settings.
     """
+    parts, batch = question.parts, question.batch
     assert start.changed is not None
     numbers: dict[tuple[int, int], list[int]] = {}
     for number, way in ways.items():
@@ -161,8 +167,8 @@ def _fresh(
         some = [here[:most] for here in blocks]
         kept: dict[int, Tensor] = {}
         here = replace(start, column=column, stop=column + 1, changed=None, wanted=None, kept=kept, tree=apart(some))
-        edits = parts.compiled(gates, fallback, batch, here)
         try:
+            edits = question.edits(question.gates, here)
             parts.model.forward(batch, edits, columns=batch.target_position[:0], start=here)
         except RuntimeError as error:
             _shrink(parts, error, max(map(len, some)))
@@ -179,10 +185,10 @@ def _fresh(
 
 def _shrink(parts: "Gated", error: RuntimeError, settings: int) -> None:
     """Where memory ran out with several settings at once, go on with half as many, and say so."""
-    if settings == 1 or not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+    if settings == 1 or not ran_out(error):
         raise error
     parts.most = settings // 2
-    warnings.warn(f"memory ran out with {settings} settings at once: going on with {settings // 2}", stacklevel=4)
+    warnings.warn(f"memory ran out with {settings} settings at once: going on with {settings // 2}", stacklevel=5)
     if parts.model.device.type == "cuda":
         torch.cuda.empty_cache()
 
