@@ -172,7 +172,9 @@ class Start:
         out = kept.new_empty(len(level), *kept.shape) if len(whole) < len(level) else kept
         if any(read < 0 for read in level.reads) or narrow:
             out[level.going :] = kept
-        if whole:
+        if whole and whole == [run for run, read in enumerate(level.reads) if read in whole] == list(range(len(whole))):
+            _into(out[: len(whole)], own, given[: len(whole)], args)
+        elif whole:
             places = {run: place for place, run in enumerate(whole)}
             sharing = [run for run, read in enumerate(level.reads) if read in places]
             made = own(_runs(given, whole).flatten(0, 1), *args).unflatten(0, (-1, rows))
@@ -255,6 +257,22 @@ def _runs(value: Tensor, runs: list[int]) -> Tensor:
     if runs == list(range(runs[0], runs[0] + len(runs))):
         return value[runs[0] : runs[0] + len(runs)]
     return value[torch.tensor(runs, device=value.device)]
+
+
+def _into(out: Tensor, own: Callable[..., Any], value: Tensor, args: tuple[Any, ...]) -> None:
+    """A linear map's output written where it belongs, without a copy where the map is the library's own."""
+    module: Any = getattr(own, "__self__", None)
+    theirs = type(module).__module__.startswith(("torch.nn", "transformers.pytorch_utils"))
+    untouched = theirs and getattr(own, "__func__", None) is type(module).forward
+    if args or torch.is_grad_enabled() or not untouched or value.dtype != module.weight.dtype:
+        out.copy_(own(value.flatten(0, 1), *args).view_as(out))
+        return
+    weight = module.weight.T if type(module) is nn.Linear else module.weight
+    rows, flat = value.reshape(-1, value.shape[-1]), out.view(-1, out.shape[-1])
+    if module.bias is None:
+        torch.mm(rows, weight, out=flat)
+    else:
+        torch.addmm(module.bias, rows, weight, out=flat)
 
 
 def _put(out: Tensor, runs: list[int], value: Tensor) -> None:

@@ -63,10 +63,11 @@ def _spread(
     if any([sites[number].index for number in numbers] != units for numbers in places.values()):
         raise GateError("parts at one place must have the same positions each")
     spread: Tensor | None = None
+    shut = [True] * len(sites) if gates.requires_grad else (gates != 1).flatten(0, 2).any(0).tolist()
     for position, numbers in places.items():
-        split = gates[..., numbers]
-        if not split.requires_grad and bool((split == 1).all()):
+        if not any(shut[number] for number in numbers):
             continue
+        split = gates[..., numbers]
         if position is not None:
             where = batch.columns(position).to(gates.device)[None, :, :, None]
             split = torch.where(where, split, torch.ones_like(split))

@@ -223,8 +223,9 @@ def routes(parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback) -> l
         begins = min(reach[parts.labels[number].position][0] for number in shut)
         ends = max(reach[parts.labels[number].position][1] for number in shut)
         column = min(begins, last)
-        column = 0 if 4 * column < width else column  # keys and values of few columns cost more than they spare
-        single = begins == ends and begins + 1 < width and begins >= column
+        single = begins == ends and begins + 1 < width
+        if not single and 4 * column < width:
+            column = 0  # so that settings of several first columns run together: that is worth more than few columns
         inside = [acts_on(parts.labels[number]).kind for number in shut if _stage(parts.labels[number], layers) == first]
         alone = single and first % 2 == 1 and not set(inside) & set(SPREADING)
         found.append(Route(tuple(pattern), first // 2, column, begins if single else None, alone))
