@@ -1,7 +1,7 @@
 """How the cost of an exact sweep grows: with layers, batch, length and parts, beside the law that it should follow.
 
-GPT-2 shapes of width 256 (vocabulary 5000), random weights, float32. Heads at all positions; for parts, neurons of a middle
-block (width 64, 10,000 neurons a block). Each point is the median of three (parts: of one), in turn over the points of its axis;
+GPT-2 shapes of width 256 (vocabulary 5000), random weights, float32. Heads at all positions; for parts, neurons spread
+evenly over the blocks (width 64, 2,500 neurons a block). Each point is the median of three (parts: of one), in turn over the points of its axis;
 the law is scaled to the axis's last point.
 
 Laws, in multiply-adds: a part in block l runs the L - l - 1 blocks behind it, so layers cost H * L * (L - 1) / 2 blocks, and each
@@ -61,12 +61,13 @@ def sweep(axis: str, size: int) -> Callable[[], object]:
     """A function that measures one point's parts."""
     layers, rows, length, neurons = shape(axis, size)
     torch.manual_seed(0)
-    width, inner = (WIDTH, 4 * WIDTH) if neurons is None else (64, 10000)
+    width, inner = (WIDTH, 4 * WIDTH) if neurons is None else (64, 2500)
     config = GPT2Config(vocab_size=5000, n_layer=layers, n_head=HEADS, n_embd=width, n_inner=inner, attn_implementation="eager",
                         bos_token_id=1, eos_token_id=1)  # fmt: skip
     model = Model.load(GPT2LMHeadModel(config).eval())
     tokens = torch.randint(3, 5000, (2, rows, length))
-    sites = ["L*.h*"] if neurons is None else [f"L{layers // 2 - 1}.mlp.n{number}" for number in range(neurons)]
+    spread = range(0, 10000, 10000 // (neurons or 1))
+    sites = ["L*.h*"] if neurons is None else [f"L{number // 2500}.mlp.n{number % 2500}" for number in spread]
     parts, batch = gated(model, sites), examples(tokens[0], tokens[1]).batch()
     rule = parts.fallback("resample")
     rule.at(batch)
@@ -92,11 +93,12 @@ def main() -> None:
     for axis in options.axes.split(","):
         runs = {size: sweep(axis, size) for size in AXES[axis]}
         seconds: dict[int, list[float]] = {size: [] for size in runs}
-        for repeat in range(2 if axis == "parts" else 4):
+        once = axis == "parts"
+        for repeat in range(1 if once else 4):
             for size, run in runs.items():
                 start = time.perf_counter()
                 run()
-                if repeat:  # the first one warms up
+                if repeat or once:  # the first one warms up
                     seconds[size].append(time.perf_counter() - start)
         last = AXES[axis][-1]
         scale = statistics.median(seconds[last]) / law(axis, last)

@@ -230,10 +230,10 @@ Cli = Callable[..., tuple[int, str, str]]
 
 
 def test_from_the_shell(small: Model, tmp_path: Path, monkeypatch, capsys):
-    from patchclamp.cli import main
+    from patchclamp.cli import common, main
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(common.out, "_width", 200)
 
     def cli(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["patchclamp", *words])

@@ -89,7 +89,10 @@ def test_parts_that_stand_in_for_each_other_are_redundant(name: str, pair: tuple
         for site, other in (pair, pair[::-1]):
             row = called(result, site)
             assert row["role"] == "redundant" and row["redundant_with"] == other and other in row["note"]
-    assert called(result, "L1.mlp")["role"] == "facilitating"
+    # what reads the pair is no part of it; its null is not judged here: hand-wired logits are in the hundreds, and whether a gate
+    # fitted to shuffled answers keeps one of them hangs on rounding
+    reader = called(result, "L1.mlp")
+    assert reader["every_seed"] == "facilitating" and reader["held_out"] and reader["agrees"] and not reader["redundant_with"]
     assert called(result, "L0.h2")["role"] == "irrelevant"
 
 

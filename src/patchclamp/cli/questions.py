@@ -45,7 +45,7 @@ Memory = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how many passes, how much memory and about how long; run nothing.")]
 
-CHOICES = {"direction": ("noising", "denoising"), "budget": ("default", "code", "paper")}
+CHOICES = {"direction": ("noising", "denoising"), "routing": ("free", "frozen"), "budget": ("default", "code", "paper")}
 
 
 def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Path | None, as_json: bool, given: dict[str, Any],
