@@ -145,7 +145,10 @@ def test_bad_input_is_said_and_leaves_nothing(cli: Cli, saved: Path, tmp_path: P
         (("map", saved, saved / "pairs.jsonl", "--option", "nonsense"), "key=value"),
         (("map", saved), "no TASK was given"),
         (("map", saved, saved / "pairs.jsonl", "--method", "foo"), "there is no method 'foo'"),
-        (("map", saved, saved / "pairs.jsonl", "--routing", "loose"), "--routing 'loose' was asked for: choose from free, frozen"),
+        (
+            ("map", saved, saved / "pairs.jsonl", "--routing", "loose"),
+            "--routing 'loose' was asked for: choose from free, frozen",
+        ),
         (("map", saved, saved / "pairs.jsonl", "--routing", "frozen"), "has no router"),
         (("map", saved, saved / "pairs.jsonl", "--second", "resample"), "another than the first"),
         (("map", saved, saved / "pairs.jsonl", "--seed", -1), "0 or more"),
