@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.held import HOLDER
 from patchclamp.models.scope import remembered
-from patchclamp.models.standing import STANDING, StandIn, Start, _replaceable  # pyright: ignore[reportPrivateUsage]
+from patchclamp.models.standing import STANDING, StandIn, Start, replaceable
 
 
 @dataclass(eq=False)
@@ -91,7 +91,7 @@ class _Checkpointed(Start):
             blocks = {id(layer.block): number for number, layer in enumerate(anatomy.layers)}
             instead = {name: partial(self._kept, len(blocks) - number, below.get(name)) for name, number in blocks.items()}
             for layer in anatomy.layers:
-                stack.enter_context(HOLDER.hold(("stand in", id(layer.block)), partial(_replaceable, layer.block)))
+                stack.enter_context(HOLDER.hold(("stand in", id(layer.block)), partial(replaceable, layer.block)))
             stack.callback(STANDING.reset, STANDING.set({**below, **instead}))
             stack.enter_context(self.room.counted(anatomy.hf))
             yield

@@ -122,7 +122,7 @@ class Start:
             instead[anatomy.unembed] = partial(self._only_tokens, anatomy.unembed)
         with ExitStack() as stack:
             for module in instead:
-                stack.enter_context(HOLDER.hold(("stand in", id(module)), partial(_replaceable, module)))
+                stack.enter_context(HOLDER.hold(("stand in", id(module)), partial(replaceable, module)))
             stack.callback(STANDING.reset, STANDING.set({id(module): one for module, one in instead.items()}))
             yield
 
@@ -291,7 +291,7 @@ def _leading(rows: int, total: int, given: Any) -> Any:
     return given[: rows * (len(given) // total)]
 
 
-def _replaceable(module: nn.Module) -> Undo:
+def replaceable(module: nn.Module) -> Undo:
     """Let threads put something in the module's place."""
     own, shadowed = module.forward, "forward" in vars(module)
 
