@@ -1,8 +1,8 @@
 """How the cost of an exact sweep grows: with layers, batch, length and parts, beside the law that it should follow.
 
 GPT-2 shapes of width 256 (vocabulary 5000), random weights, float32. Heads at all positions; for parts, neurons spread
-evenly over the blocks (width 64, 2,500 neurons a block). Each point is the median of three (parts: of one), in turn over the points of its axis;
-the law is scaled to the axis's last point.
+evenly over the blocks (4 blocks, width 64, 2,500 neurons a block). Each point is the median of three (parts: of one), in turn over the points of its
+axis; the law is scaled to the axis's last point.
 
 Laws, in multiply-adds: a part in block l runs the L - l - 1 blocks behind it, so layers cost H * L * (L - 1) / 2 blocks, and each
 the patched block's output projection and MLP; batch and parts are linear; of length n, a block costs
@@ -81,12 +81,28 @@ def sweep(axis: str, size: int) -> Callable[[], object]:
     return run
 
 
+def draw(rows: list[dict[str, object]], out: Path) -> None:
+    """The plot: a panel per axis, both scales logarithmic."""
+    frame = pl.DataFrame(rows)
+    base = alt.Chart(frame).encode(
+        x=alt.X("size:Q", scale=alt.Scale(type="log"), title=None),
+        y=alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="seconds"),
+    )
+    lines = base.transform_filter("datum.what == 'law'").mark_line(color="#999", strokeDash=[4, 3])
+    points = base.transform_filter("datum.what == 'measured'").mark_line(point=True, color="#2166ac")
+    chart = alt.layer(lines, points).properties(width=170, height=150).facet(
+        column=alt.Column("axis:N", sort=list(AXES), title="Exact sweep: measured (blue) and its law (dashed)")
+    ).resolve_scale(x="independent", y="independent")  # fmt: skip
+    chart.save(str(out))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/growth.svg"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--axes", default=",".join(AXES))
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     rows: list[dict[str, object]] = []
     print("| axis | size | seconds | law, scaled to the last point | measured / law |\n|---|---|---|---|---|")
@@ -107,17 +123,7 @@ def main() -> None:
             print(f"| {axis} | {size} | {took:.3f} | {expected:.3f} | {took / expected:.2f} |", flush=True)
             rows += [{"axis": axis, "size": size, "seconds": value, "what": what}
                      for what, value in (("measured", took), ("law", expected))]  # fmt: skip
-    frame = pl.DataFrame(rows)
-    base = alt.Chart(frame).encode(
-        x=alt.X("size:Q", scale=alt.Scale(type="log"), title=None),
-        y=alt.Y("seconds:Q", scale=alt.Scale(type="log"), title="seconds"),
-    )
-    lines = base.transform_filter("datum.what == 'law'").mark_line(color="#999", strokeDash=[4, 3])
-    points = base.transform_filter("datum.what == 'measured'").mark_line(point=True, color="#2166ac")
-    chart = alt.layer(lines, points).properties(width=170, height=150).facet(
-        column=alt.Column("axis:N", sort=list(AXES), title="Exact sweep: measured (blue) and its law (dashed)")
-    ).resolve_scale(x="independent", y="independent")  # fmt: skip
-    chart.save(str(options.out))
+    draw(rows, options.out)
     print(options.out)
 
 

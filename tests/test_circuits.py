@@ -11,7 +11,7 @@ from patchclamp.errors import MetricError, PatchclampError
 from patchclamp.methods import attribute, effects, groups_of
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
-from patchclamp.parts import Nodes, benefits, nodes
+from patchclamp.parts import Nodes, benefits, edges, nodes
 from patchclamp.trust import resampled_circuits, trust
 from patchclamp.zoo import wired
 from patchclamp.zoo._wired import Wired
@@ -110,3 +110,17 @@ def test_what_cannot_be_judged_is_refused(induction: tuple[Wired, Nodes]):
     frozen = type(same)(items, same.tokenizer, "still")
     with pytest.raises(MetricError, match="no behaviour"):
         trust(parts, frozen, parts.fallback("resample"), Circuit([parts.labels[1]]), parts.labels[1:], groups=groups_of(frozen))
+
+
+def test_a_circuit_of_edges_is_found_and_trusted(induction: tuple[Wired, Nodes]):
+    model, _ = induction
+    parts = edges(Model.load(model.hf, tokenizer=model.tokenizer))
+    _, select, confirm = model.task.split(model.tokenizer, 60, seed=1)
+    fallback = parts.fallback("resample")
+    scores = attribute(parts, select, fallback)
+    circuit, _ = discover(parts, select, fallback, scores, faithfulness=0.95)
+    # what the wiring says: the word before is written beside each word; the induction head matches it, copies, and is heard
+    assert {"embed>L0.kv1.v", "L0.h1>L1.kv2.k", "L1.h2>logits"} <= {str(edge) for edge in circuit} and len(circuit) <= 5
+    found = trust(parts, confirm, fallback, circuit, ranked(scores), groups=groups_of(confirm), random_circuits=20)
+    assert found.faithfulness.mean == pytest.approx(1, abs=1e-6) and found.beats == 1.0
+    assert set(found.minimality) == {str(edge) for edge in circuit}

@@ -15,10 +15,10 @@ from torch import Tensor
 from patchclamp.circuit import Circuit
 from patchclamp.errors import MetricError
 from patchclamp.metrics import metric_named
-from patchclamp.parts import Fallback, Gates, Parts, benefits, sites_of
-from patchclamp.scores import Scores
+from patchclamp.parts import Fallback, Gates, Parts, benefits
+from patchclamp.scores import Part, Scores
 from patchclamp.scores.statistics import Interval
-from patchclamp.sites import Site
+from patchclamp.sites import Edge
 from patchclamp.tasks import Examples
 
 Values = Float[np.ndarray, "setting example"]
@@ -56,7 +56,7 @@ def trust(
     examples: Examples,
     fallback: Fallback,
     circuit: Circuit,
-    order: Sequence[Site],
+    order: Sequence[Part],
     *,
     groups: Sequence[str],
     metric: str | None = None,
@@ -88,7 +88,7 @@ def trust(
     """
     chosen = metric_named(metric or examples.metric)
     grid = curve_sizes(len(order), len(circuit))
-    members = [site for site in circuit if isinstance(site, Site)]
+    members = [*circuit]
     plan: list[Gates] = [parts.open(), parts.closed(), parts.only(members), parts.without(members)]
     plan += [parts.only(order[:k]) for k in grid] + [parts.without(order[:k]) for k in grid]
     plan += [parts.only([other for other in members if other != site]) for site in members]
@@ -178,29 +178,34 @@ def curve_sizes(parts: int, size: int) -> list[int]:
 
 
 def _random_circuits(
-    parts: Parts, members: Sequence[Site], grid: Sequence[int], draws: int, seed: int
-) -> list[tuple[int, list[Site]]]:
+    parts: Parts, members: Sequence[Part], grid: Sequence[int], draws: int, seed: int
+) -> list[tuple[int, list[Part]]]:
     """Circuits of the same size and shape (as many parts of each kind), then a few of other sizes for the band."""
     rng = np.random.default_rng([seed, 7])
-    everything = sites_of(parts)
-    by_kind: dict[str, list[Site]] = {}
+    everything = [parts.labels[number] for number in parts.counted]
+    by_kind: dict[str, list[Part]] = {}
     for site in everything:
-        by_kind.setdefault(site.kind, []).append(site)
-    shape = {kind: sum(site.kind == kind for site in members) for kind in by_kind}
+        by_kind.setdefault(_kind(site), []).append(site)
+    shape = {kind: sum(_kind(site) == kind for site in members) for kind in by_kind}
 
-    def pick(among: Sequence[Site], count: int) -> list[Site]:
+    def pick(among: Sequence[Part], count: int) -> list[Part]:
         return [among[int(i)] for i in rng.choice(len(among), size=count, replace=False)]
 
-    def alike() -> list[Site]:
+    def alike() -> list[Part]:
         return [site for kind, count in shape.items() for site in pick(by_kind[kind], count)]
 
-    def another() -> list[Site]:
+    def another() -> list[Part]:
         """Not the circuit itself, where a few tries give any other (a small model may have no other of that shape)."""
         tries = (alike() for _ in range(50))
         return next((sites for sites in tries if set(sites) != set(members)), [*members])
 
     found = [(len(members), another()) for _ in range(draws)]
     return found + [(k, pick(everything, k)) for k in band_sizes(grid, len(members))]
+
+
+def _kind(part: Part) -> str:
+    """What parts of a random circuit are matched by: the kind of a site; of an edge, what it leads from and to."""
+    return f"{part.source.kind}>{part.target.kind}" if isinstance(part, Edge) else part.kind
 
 
 def band_sizes(grid: Sequence[int], size: int) -> list[int]:

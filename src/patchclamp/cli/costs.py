@@ -36,7 +36,7 @@ def show_cost(
                             f" ({duration(total.low)} to {duration(total.high)}), with the report"))  # fmt: skip
     out.print(Text(f"{found.forward:,.0f} forward and {found.backward:,.0f} backward passes of one prompt of {found.prompt} tokens; "
                    f"up to {shown(found.memory)} beside the model ({shown(found.budget)} at once at most)"))  # fmt: skip
-    out.print(Text("Passes are over a row's prompts, with what replay spares. Low: undisturbed; high: as slow as the slowest of what was timed, "
+    out.print(Text("Forward and backward passes are over a row's prompts, with what replay spares. Low: undisturbed; high: as slow as the slowest of what was timed, "
                    "where descents go on to their end and most is found.", style="dim"))  # fmt: skip
 
 
@@ -50,13 +50,11 @@ STATES = {
 def _row(found: "Cost", line: "Line") -> dict[str, object]:
     seconds = found.seconds(line)
     return {
-        "step": line.step.partition("-")[0] if line.step.startswith("attribution") else line.step,
-        "what": line.title,
-        "settings": line.settings or None,
+        "step": line.title,
+        "runs": line.settings or None,
         "prompts": line.rows,
-        "tokens": line.tokens,
-        "forward": "kept" if line.kept else f"{line.forward:,.1f}",
-        "backward": f"{line.backward:,.1f}" if line.backward else "",
+        "fwd": "kept" if line.kept else f"{line.forward:,.1f}",
+        "bwd": f"{line.backward:,.1f}" if line.backward else "",
         "about": "" if line.kept else duration(seconds.about),
         "at most": "" if line.kept else duration(seconds.high),
         "memory": "" if line.kept else shown(line.memory),

@@ -12,8 +12,7 @@ from patchclamp.circuit import Circuit
 from patchclamp.errors import MetricError, PatchclampError
 from patchclamp.metrics import metric_named
 from patchclamp.parts import Fallback, Parts, benefits
-from patchclamp.scores import Scores
-from patchclamp.sites import Site
+from patchclamp.scores import Part, Scores
 from patchclamp.tasks import Examples
 
 Order = Literal["magnitude", "signed"]
@@ -31,7 +30,7 @@ class Curve:
         values: [size, example], the benefit with the first k parts open and the rest closed.
     """
 
-    order: tuple[Site, ...]
+    order: tuple[Part, ...]
     sizes: tuple[int, ...]
     values: Float[Tensor, "size example"]
 
@@ -59,18 +58,17 @@ def sizes_of(parts: int) -> tuple[int, ...]:
     return tuple(sorted({0, parts, *map(int, grid)}))
 
 
-def ranked(scores: Scores, by: Order = "magnitude") -> tuple[Site, ...]:
+def ranked(scores: Scores, by: Order = "magnitude") -> tuple[Part, ...]:
     """Parts, best first: by |score| (interfering parts belong to the mechanism), or by score (only what helps first)."""
     values = scores.values()
     key = {"magnitude": lambda i: -abs(values[i]), "signed": lambda i: -values[i]}[by]
     order = sorted(range(len(scores)), key=key)
-    sites = scores.sites
-    found = tuple(sites[i] for i in order)
-    return tuple(site for site in found if isinstance(site, Site))
+    parts = scores.sites
+    return tuple(parts[i] for i in order)
 
 
 def faithfulness_curve(
-    parts: Parts, examples: Examples, fallback: Fallback, order: Sequence[Site], *, metric: str | None = None,
+    parts: Parts, examples: Examples, fallback: Fallback, order: Sequence[Part], *, metric: str | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Curve:  # fmt: skip
     """Benefit with the first k parts of `order` open, for every size k. Cost: one forward pass over the examples per size."""

@@ -22,6 +22,7 @@ from patchclamp.models.editing import Edits, Seen
 from patchclamp.models.inputs import token_batch
 from patchclamp.models.invariants import rounding
 from patchclamp.models.model import Model
+from patchclamp.models.norms import Scale, scale_of
 from patchclamp.models.probe import probe_tokens
 from patchclamp.models.recording import Recorder
 from patchclamp.models.scope import OPEN, still
@@ -32,8 +33,9 @@ from patchclamp.tasks._batch import Batch
 
 
 def reference(
-    model: Model, batch: Batch, inputs: bool = True, prefix: bool = True, projected: bool = False, routed: bool = False
-) -> Start:
+    model: Model, batch: Batch, inputs: bool = True, prefix: bool = True, projected: bool = False, routed: bool = False,
+    normed: bool = False,
+) -> Start:  # fmt: skip
     """What the model's own run of a batch holds: the residual stream at every block, keys and values of every column, logits.
 
     Args:
@@ -43,6 +45,7 @@ def reference(
         prefix: keep keys and values.
         projected: keep what the maps to queries, keys and values give.
         routed: keep what routers give, and give it to every run that starts here: routing is frozen.
+        normed: keep what the final norm divides by, and let it divide by that in every run that starts here: it is frozen.
 
     Cost: one forward pass over the batch.
     """
@@ -52,13 +55,15 @@ def reference(
     cache: Any = DynamicCache()
     sites = [*(Site("resid.pre", layer) for layer in range(model.layers)), Site("resid.post", model.layers - 1)]
     recorder, lengths, made = Recorder(model.anatomy, sites if inputs else []), [0] * model.layers, dict[int, Any]()
-    session, columns = recorder.session(), batch.target_position.unique()
+    session, columns, divided = recorder.session(), batch.target_position.unique(), dict[str, Tensor]()
     options: dict[str, Any] = {"use_cache": True, "past_key_values": cache} if prefix else {"use_cache": False}
     if model.anatomy.takes_positions:
         options["position_ids"] = batch.position_ids
     if model.anatomy.keeps_logits and len(columns):
         options["logits_to_keep"] = columns
     with torch.no_grad(), session.open(), still(model.hf):
+        if normed:
+            session.before(model.anatomy.norm, partial(_divided, divided, scale_of(model.anatomy.norm, model.width)))
         for number, layer in enumerate(model.anatomy.layers):
             session.rewrite(layer.block, partial(_measured, lengths, number))
             for module in projections(layer.attention, layer.output) if projected else ():
@@ -73,6 +78,7 @@ def reference(
         tuples=tuple(lengths),
         projected={name: value for name, value in made.items() if isinstance(value, Tensor) and value.dim() == 3},
         routed={name: value for name, value in made.items() if isinstance(value, tuple)},
+        divisor=divided.get("divisor"),
         width=batch.tokens.shape[1],
         logits=model.at_targets(batch, logits)[0] if len(columns) else None,
     )
@@ -81,6 +87,11 @@ def reference(
 def _made(made: dict[int, Any], name: int, output: Any) -> Any:
     made[name] = output
     return output
+
+
+def _divided(found: dict[str, Tensor], scale: Scale, value: Tensor) -> Tensor:
+    found["divisor"] = scale(value)
+    return value
 
 
 def _measured(lengths: list[int], number: int, output: Any) -> Any:

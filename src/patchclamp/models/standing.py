@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.held import HOLDER, Undo
+from patchclamp.models.norms import held, scale_of
 from patchclamp.models.tree import Level, Tree
 from patchclamp.sites import Site
 
@@ -40,6 +41,7 @@ class Start:
         tuples: by block, how long a tuple it gives; 0 for a tensor.
         projected: by id of a module that makes queries, keys or values: its output in the model's own run.
         routed: by id of a router, what it gives in the model's own run (frozen routing); each [row x position, ...].
+        divisor: what the final norm divides by in the model's own run (frozen norm) [row, position, 1]; None: what it would.
         changed: the one column at which runs that start are changed; None: any may be.
         fresh: by block, what that column holds in the runs that start there [run, row, width], where it is known.
         wanted: the columns that anything is asked of behind the last block; None: all of them.
@@ -58,6 +60,7 @@ class Start:
     tuples: tuple[int, ...] = ()
     projected: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     routed: Mapping[int, tuple[Tensor, ...]] = field(default_factory=dict[int, tuple[Tensor, ...]])
+    divisor: Float[Tensor, "row position 1"] | None = None
     changed: int | None = None
     fresh: Mapping[int, Float[Tensor, "run row width"]] = field(default_factory=dict[int, Tensor])
     wanted: Int[Tensor, " column"] | None = None
@@ -115,6 +118,8 @@ class Start:
                     instead[module] = partial(self._projection, level, id(module))
         routers = [layer.router for layer in anatomy.layers if layer.router is not None]
         instead |= {router: partial(self._router, self.routed[id(router)]) for router in routers if id(router) in self.routed}
+        if self.divisor is not None:
+            instead[anatomy.norm] = partial(self._norm, anatomy.norm, self.divisor)
         last = anatomy.layers[-1]
         if self.wanted is not None:
             instead |= dict.fromkeys([last.output] if last.output is last.mlp else [last.output, last.mlp], self._only_wanted)
@@ -195,6 +200,13 @@ class Start:
         own = [one.unflatten(0, (-1, width))[:, self.column : self.stop] for one in kept]
         copies = value.flatten(0, -2).shape[0] // (len(own[0]) * columns)
         return tuple(one.expand(copies, *one.shape).flatten(0, 2) for one in own)
+
+    def _norm(self, norm: nn.Module, divisor: Tensor, own: Callable[..., Any], value: Tensor) -> Tensor:
+        """The final norm, which divides by what it divides by in the model's own run."""
+        if not value.numel():
+            return own(value)
+        kept = divisor[:, self.column : self.stop].repeat(len(value) // len(divisor), 1, 1)
+        return held(own, scale_of(norm, value.shape[-1]), value, kept)
 
     def _only_wanted(self, own: Callable[..., Any], value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """A module that treats every position by itself, run at the wanted columns; zero elsewhere."""

@@ -15,6 +15,7 @@ from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.editing import Edits
 from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
+from patchclamp.models.norms import scale_of
 from patchclamp.models.recording import Recorder
 from patchclamp.models.standing import Start
 from patchclamp.parts.compiling import acts_on, mix
@@ -84,6 +85,8 @@ class Gated:
         if routing == "frozen":
             _check_frozen(model, labels)
         self.model, self.routing = model, routing
+        self.norm: Routing = "free"
+        """Whether the final norm divides by what it would, or ("frozen") by what it divides by in the model's own run."""
         self.memory = budget(model.device) if memory is None else memory
         """Bytes that one folded pass may take."""
         self.most: int | None = None
@@ -126,6 +129,20 @@ class Gated:
             raise GateError("the embedding has a gate here, so nothing can be added to it: leave it out of the parts")
         other = copy(self)
         other.added = added
+        return other
+
+    def frozen_norm(self) -> "Gated":
+        """The same parts of runs in which the final norm's scale is held: parts add up behind it.
+
+        `measure` and `gradient` then give what the metric is where the norm before the unembedding divides, at every row and
+        position, by what it divides by in the model's own run (a LayerNorm still takes off the mean).
+
+        Raises:
+            FamilyError: the final norm is neither a LayerNorm nor an RMS norm.
+        """
+        scale_of(self.model.anatomy.norm, self.model.width)
+        other = copy(self)
+        other.norm = "frozen"
         return other
 
     def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
@@ -206,6 +223,8 @@ class Gated:
             GateError: shapes that do not fit, or a fallback that has no value without a batch.
         """
         self._check(gates, batch)
+        if self.norm == "frozen":
+            raise GateError("edits alone cannot hold the final norm's scale: measure and gradient can; or take the parts without it")
         return self.compiled(gates, fallback, batch, Start())
 
     def compiled(

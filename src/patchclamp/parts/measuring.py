@@ -246,11 +246,11 @@ def _start(parts: "Gated", batch: Batch, metric: Metric, found: Sequence[Route],
     """Where runs may start, with what the model's own run holds there; and the batch, its tokens numbered as in the logits."""
     model, asked = parts.model, batch
     some = len(found) > 1 and any(route.block or route.column for route in found) and not why_plain(model)
-    frozen, start = parts.routing == "frozen", Start()
-    if some or frozen or metric.reference or len(found) < settings:
+    frozen, start, normed = parts.routing == "frozen", Start(), parts.norm == "frozen"
+    if some or frozen or normed or metric.reference or len(found) < settings:
         keys = some and any(route.column or route.changed for route in found)
         with model.editing(parts.base(), batch):
-            start = reference(model, batch, some, keys, projected=some and _roomy(parts, batch), routed=frozen)
+            start = reference(model, batch, some, keys, some and _roomy(parts, batch), frozen, normed)
     if not some:
         return start, asked
     if not any(site.kind in ("neuron", "router", "expert") for site in parts.labels):

@@ -122,10 +122,12 @@ def _behind(parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback, met
     They start at the first block and column at which any gate can make a difference, where the model's own run, which that
     takes, costs less than it spares; in the last block, they compute the targets' columns alone.
     """
-    model, width, routed = parts.model, batch.tokens.shape[1], parts.routing == "frozen"
+    model, width, routed, normed = parts.model, batch.tokens.shape[1], parts.routing == "frozen", parts.norm == "frozen"
+    frozen = routed or normed
     if parts.added is not None or why_plain(model):
         with model.editing(parts.base(), batch):
-            return reference(model, batch, inputs=False, prefix=False, routed=True) if routed else Start(), batch
+            plain = partial(reference, model, batch, inputs=False, prefix=False, routed=routed, normed=normed)
+            return plain() if frozen else Start(), batch
     columns = [0 if (at := site.position) is None else _first(batch, at) for site in parts.labels]
     column = min(max(fallback.since(batch), min(columns)), int(batch.target_position.min()))
     column = 0 if 4 * column < width else column  # keys and values of few columns cost more than they spare
@@ -133,9 +135,9 @@ def _behind(parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback, met
     behind = 1 - first / model.layers
     spares = len(gates) * (1 + behind - 2 * behind * (1 - column / width)) > 1.1  # forward passes, of which a reference takes one
     start = Start()
-    if spares or routed:
+    if spares or frozen:
         column = column if spares else 0
-        start = reference(model, batch, inputs=spares and first > 0, prefix=column > 0, routed=routed).behind(column)
+        start = reference(model, batch, spares and first > 0, column > 0, routed=routed, normed=normed).behind(column)
     if not any(site.kind in ("neuron", "router", "expert") for site in parts.labels):
         start = trimmed(model, start, batch.target_position.unique() - start.column)
     if metric.answers_alone(batch) and Site("logits") not in parts.by_place and not why_whole_vocabulary(model.anatomy):
