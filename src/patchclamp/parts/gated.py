@@ -224,7 +224,9 @@ class Gated:
         """
         self._check(gates, batch)
         if self.norm == "frozen":
-            raise GateError("edits alone cannot hold the final norm's scale: measure and gradient can; or take the parts without it")
+            raise GateError(
+                "edits alone cannot hold the final norm's scale: measure and gradient can; or take the parts without it"
+            )
         return self.compiled(gates, fallback, batch, Start())
 
     def compiled(

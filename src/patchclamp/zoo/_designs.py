@@ -1,4 +1,4 @@
-"""The six wired models: what each head and MLP reads and writes, and what follows from it in closed form.
+"""Wired models of single mechanisms: what each head and MLP reads and writes, and what follows from it in closed form.
 
 All have 2 layers of 4 heads with an MLP each. A concept is one of 24 words; `said` coordinates hold what is to be said, and
 the unembedding multiplies them by A. A facilitating part adds 1 to the right word's, so a metric is a multiple of A.
@@ -40,20 +40,20 @@ class Design:
     truth: Truth
 
 
-def _space(**more: int) -> Space:
+def plain_space(**more: int) -> Space:
     """One (always 1), bos, the concept that a token shows, its kind, what is to be said, scratch."""
     return Space(one=1, bos=1, concept=N, first=1, second=1, said=N, scratch=4, **more)
 
 
-def _stack(*maps: Array) -> Array:
+def stack(*maps: Array) -> Array:
     return np.hstack(maps)
 
 
-def _vocabulary(*cues: str) -> tuple[str, ...]:
+def vocabulary_of(*cues: str) -> tuple[str, ...]:
     return (*SPECIAL, *CONCEPTS, *FILLERS, *(f"{cue}-{word}" for cue in cues for word in (*CONCEPTS, "nothing")))
 
 
-def _embed(space: Space, vocabulary: tuple[str, ...], cues: tuple[str, ...]) -> Array:
+def embedding(space: Space, vocabulary: tuple[str, ...], cues: tuple[str, ...]) -> Array:
     """Concepts and cue words show their concept; a cue word says by its kind which head is to read it."""
     out = np.zeros((len(vocabulary), space.width))
     out[:, space["one"]] = 1.0
@@ -67,7 +67,7 @@ def _embed(space: Space, vocabulary: tuple[str, ...], cues: tuple[str, ...]) -> 
     return out
 
 
-def _unembed(space: Space, vocabulary: tuple[str, ...], answers: tuple[str, ...], scale: float) -> Array:
+def unembedding(space: Space, vocabulary: tuple[str, ...], answers: tuple[str, ...], scale: float) -> Array:
     """A times what is said; words that are never an answer get -12."""
     out = np.zeros((space.width, len(vocabulary)))
     out[space["one"]] = -12.0
@@ -77,7 +77,7 @@ def _unembed(space: Space, vocabulary: tuple[str, ...], answers: tuple[str, ...]
     return out
 
 
-def _looking(space: Space, kind: str, read: Array, write: Array) -> Head:
+def looking(space: Space, kind: str, read: Array, write: Array) -> Head:
     """A head that attends, from anywhere, to tokens of a kind."""
     return Head(space.basis("one", LOOK), space.basis(kind), read, write)
 
@@ -85,25 +85,25 @@ def _looking(space: Space, kind: str, read: Array, write: Array) -> Head:
 def _idle(space: Space) -> tuple[Head, Head, Head]:
     """Heads that do nothing: one whose output is multiplied by zero, one that writes where nobody reads, one that is dead."""
     nothing, scratch = np.zeros((N + 1, space.width)), 0.2 * np.ones((N + 1, 4)) @ space.basis("scratch").T
-    seen = _stack(space.basis("concept"), space.basis("one"))
+    seen = stack(space.basis("concept"), space.basis("one"))
     mute = Head(space.basis("one", LOOK), space.basis("bos"), seen, nothing)
     unread = Head(space.basis("one"), space.basis("first"), seen, scratch)
     dead = Head(0 * space.basis("one"), 0 * space.basis("one"), 0 * seen, nothing)
     return mute, unread, dead
 
 
-def _idle_mlp(space: Space) -> Mlp:
+def idle_mlp(space: Space) -> Mlp:
     """Neurons that fire on concepts and write where nobody reads."""
     return Mlp(space.basis("concept"), 0.1 * np.ones((N, 4)) @ space.basis("scratch").T)
 
 
-def _layer(space: Space, **working: Head) -> tuple[Head, ...]:
+def layer_of(space: Space, **working: Head) -> tuple[Head, ...]:
     """Four heads: the named ones (`h1=...`), the other places filled with idle ones."""
     idle = iter((*_idle(space), _idle(space)[0]))
     return tuple(working[f"h{h}"] if f"h{h}" in working else next(idle) for h in range(4))
 
 
-def _truth(
+def truth_of(
     wiring: Wiring,
     opened: float,
     working: dict[str, tuple[str, float, float]],
@@ -123,22 +123,22 @@ def _truth(
 
 def induction(family: Family) -> Design:
     """L0.h1 writes each token's predecessor beside it; L1.h2 attends to where the predecessor is the present token."""
-    space = _space(before=N)
-    vocabulary = _vocabulary()
+    space = plain_space(before=N)
+    vocabulary = vocabulary_of()
     previous = Head(space.basis("scratch")[:, :0], space.basis("scratch")[:, :0], space.basis("concept"),
                     space.basis("before").T, shift=LOOK if family == "gpt2" else 4 * LOOK)  # fmt: skip
     induct = Head(
-        _stack(space.basis("concept", MATCH), space.basis("one", SINK * MATCH)),
-        _stack(space.basis("before"), space.basis("bos")),
+        stack(space.basis("concept", MATCH), space.basis("one", SINK * MATCH)),
+        stack(space.basis("before"), space.basis("bos")),
         space.basis("concept"), space.basis("said").T,
     )  # fmt: skip
     wiring = Wiring(
-        family, vocabulary, space, _embed(space, vocabulary, ()),
-        (_layer(space, h1=previous), _layer(space, h2=induct)), (_idle_mlp(space), _idle_mlp(space)),
-        _unembed(space, vocabulary, CONCEPTS, A),
+        family, vocabulary, space, embedding(space, vocabulary, ()),
+        (layer_of(space, h1=previous), layer_of(space, h2=induct)), (idle_mlp(space), idle_mlp(space)),
+        unembedding(space, vocabulary, CONCEPTS, A),
     )  # fmt: skip
     working = {"L0.h1": (HELPS, 2 * A, A), "L1.h2": (HELPS, 2 * A, A)}
-    truth = _truth(wiring, A, working, {("L0.h1", "L1.h2"): (2 * A, A)})
+    truth = truth_of(wiring, A, working, {("L0.h1", "L1.h2"): (2 * A, A)})
     return Design("previous-token head and induction head: what followed this word before follows it again", wiring, truth)
 
 
@@ -146,7 +146,7 @@ def _saturate(space: Space, family: Family) -> tuple[Mlp, Callable[[float], floa
     """An MLP that says what has votes, with a ramp that is full at 0.8 votes; and its value as a function of the votes."""
     step = STEP[family]
     votes, one = space.basis("votes"), np.repeat(space.basis("one"), N, 1)
-    read = _stack(step * votes, step * (votes - RAMP * one))
+    read = stack(step * votes, step * (votes - RAMP * one))
     said = space.basis("said").T / (step * RAMP)
 
     def value(votes: float) -> float:
@@ -159,30 +159,30 @@ def _saturate(space: Space, family: Family) -> tuple[Mlp, Callable[[float], floa
 
 def redundant(family: Family) -> Design:
     """L0.h1 and L1.h2 read the same cue and vote for the same word; L1.mlp saturates at one vote."""
-    space = _space(votes=N)
+    space = plain_space(votes=N)
     cues = ("key",)
-    vocabulary = _vocabulary(*cues)
-    voter = _looking(space, "first", space.basis("concept"), space.basis("votes").T)
+    vocabulary = vocabulary_of(*cues)
+    voter = looking(space, "first", space.basis("concept"), space.basis("votes").T)
     mlp, value = _saturate(space, family)
     wiring = Wiring(
-        family, vocabulary, space, _embed(space, vocabulary, cues),
-        (_layer(space, h1=voter), _layer(space, h2=voter)), (_idle_mlp(space), mlp),
-        _unembed(space, vocabulary, CONCEPTS, A),
+        family, vocabulary, space, embedding(space, vocabulary, cues),
+        (layer_of(space, h1=voter), layer_of(space, h2=voter)), (idle_mlp(space), mlp),
+        unembedding(space, vocabulary, CONCEPTS, A),
     )  # fmt: skip
     return Design("a head and its backup: either alone says the word", wiring, _either(wiring, ("L0.h1", "L1.h2"), value))
 
 
 def either(family: Family) -> Design:
     """OR: L0.h0 reads one cue and L0.h3 another; L1.mlp saturates at one vote, so that either cue is enough."""
-    space = _space(votes=N)
+    space = plain_space(votes=N)
     cues = ("see", "hear")
-    vocabulary = _vocabulary(*cues)
-    heads = [_looking(space, kind, space.basis("concept"), space.basis("votes").T) for kind in ("first", "second")]
+    vocabulary = vocabulary_of(*cues)
+    heads = [looking(space, kind, space.basis("concept"), space.basis("votes").T) for kind in ("first", "second")]
     mlp, value = _saturate(space, family)
     wiring = Wiring(
-        family, vocabulary, space, _embed(space, vocabulary, cues),
-        (_layer(space, h0=heads[0], h3=heads[1]), _layer(space)), (_idle_mlp(space), mlp),
-        _unembed(space, vocabulary, CONCEPTS, A),
+        family, vocabulary, space, embedding(space, vocabulary, cues),
+        (layer_of(space, h0=heads[0], h3=heads[1]), layer_of(space)), (idle_mlp(space), mlp),
+        unembedding(space, vocabulary, CONCEPTS, A),
     )  # fmt: skip
     return Design("OR: seeing or hearing a thing is enough to name it", wiring, _either(wiring, ("L0.h0", "L0.h3"), value))
 
@@ -190,7 +190,7 @@ def either(family: Family) -> Design:
 def _either(wiring: Wiring, pair: tuple[str, str], value: Callable[[float], float]) -> Truth:
     alone, lost = A * (value(2.0) - value(1.0)), A * (value(2.0) - value(0.0))
     working = {label: (HELPS, alone, alone) for label in pair} | {"L1.mlp": (HELPS, lost, lost)}
-    return _truth(wiring, lost, working, {pair: (lost, lost)}, (frozenset(pair),))
+    return truth_of(wiring, lost, working, {pair: (lost, lost)}, (frozenset(pair),))
 
 
 def both(family: Family) -> Design:
@@ -198,56 +198,56 @@ def both(family: Family) -> Design:
 
     E(z) = act(z) + act(-z) is even with E(0) = 0, and act is gelu or silu: where only one votes the two terms cancel exactly.
     """
-    space = _space(left=N, right=N)
+    space = plain_space(left=N, right=N)
     cues = ("left", "right")
-    vocabulary = _vocabulary(*cues)
+    vocabulary = vocabulary_of(*cues)
     heads = [
-        _looking(space, kind, space.basis("concept"), space.basis(side).T)
+        looking(space, kind, space.basis("concept"), space.basis(side).T)
         for kind, side in (("first", "left"), ("second", "right"))
     ]
     total, apart = space.basis("left") + space.basis("right"), space.basis("left") - space.basis("right")
     full = float(act(family, np.array([2.0, -2.0])).sum())
     said = space.basis("said").T / full
-    mlp = Mlp(_stack(total, -total, apart, -apart), np.vstack([said, said, -said, -said]))
+    mlp = Mlp(stack(total, -total, apart, -apart), np.vstack([said, said, -said, -said]))
     wiring = Wiring(
-        family, vocabulary, space, _embed(space, vocabulary, cues),
-        (_layer(space, h1=heads[0], h2=heads[1]), _layer(space)), (_idle_mlp(space), mlp),
-        _unembed(space, vocabulary, CONCEPTS, A),
+        family, vocabulary, space, embedding(space, vocabulary, cues),
+        (layer_of(space, h1=heads[0], h2=heads[1]), layer_of(space)), (idle_mlp(space), mlp),
+        unembedding(space, vocabulary, CONCEPTS, A),
     )  # fmt: skip
     working = {"L0.h1": (HELPS, A, A), "L0.h2": (HELPS, A, A), "L1.mlp": (HELPS, 2 * A, A)}
-    truth = _truth(wiring, A, working, {("L0.h1", "L0.h2"): (2 * A, A)})
+    truth = truth_of(wiring, A, working, {("L0.h1", "L0.h2"): (2 * A, A)})
     return Design("AND: only what stands on both sides is said", wiring, truth)
 
 
 def interfering(family: Family) -> Design:
     """L0.h1 copies the cue; L1.h3 reads the same cue and argues against it."""
-    space = _space()
+    space = plain_space()
     cues = ("key",)
-    vocabulary = _vocabulary(*cues)
-    helper = _looking(space, "first", space.basis("concept"), space.basis("said").T)
-    opponent = _looking(space, "first", space.basis("concept"), -AGAINST / A_INTERFERING * space.basis("said").T)
+    vocabulary = vocabulary_of(*cues)
+    helper = looking(space, "first", space.basis("concept"), space.basis("said").T)
+    opponent = looking(space, "first", space.basis("concept"), -AGAINST / A_INTERFERING * space.basis("said").T)
     wiring = Wiring(
-        family, vocabulary, space, _embed(space, vocabulary, cues),
-        (_layer(space, h1=helper), _layer(space, h3=opponent)), (_idle_mlp(space), _idle_mlp(space)),
-        _unembed(space, vocabulary, CONCEPTS, A_INTERFERING),
+        family, vocabulary, space, embedding(space, vocabulary, cues),
+        (layer_of(space, h1=helper), layer_of(space, h3=opponent)), (idle_mlp(space), idle_mlp(space)),
+        unembedding(space, vocabulary, CONCEPTS, A_INTERFERING),
     )  # fmt: skip
     plus, minus = A_INTERFERING, AGAINST
     working = {"L0.h1": (HELPS, 2 * plus, plus), "L1.h3": (HURTS, -2 * minus, -minus)}
-    truth = _truth(wiring, plus - minus, working, {("L0.h1", "L1.h3"): (2 * (plus - minus), plus - minus)})
+    truth = truth_of(wiring, plus - minus, working, {("L0.h1", "L1.h3"): (2 * (plus - minus), plus - minus)})
     return Design("a head that copies a word and a head that argues against it", wiring, truth)
 
 
 def facts(family: Family) -> Design:
     """L0.h2 brings the person to the relation; L1.mlp is a key-value memory: a neuron per person and relation."""
-    space = _space(person=len(PEOPLE), relation=len(RELATIONS), topic=len(PEOPLE))
+    space = plain_space(person=len(PEOPLE), relation=len(RELATIONS), topic=len(PEOPLE))
     vocabulary = (*SPECIAL, *CONCEPTS, *FILLERS, *PEOPLE, *RELATIONS)
-    embed = _embed(space, vocabulary, ())
+    embed = embedding(space, vocabulary, ())
     for names, block in ((PEOPLE, "person"), (RELATIONS, "relation")):
         for i, word in enumerate(names):
             embed[vocabulary.index(word), space[block].start + i] = 1.0
     for word in PEOPLE:
         embed[vocabulary.index(word), space["first"]] = 1.0
-    mover = _looking(space, "first", space.basis("person"), space.basis("topic").T)
+    mover = looking(space, "first", space.basis("person"), space.basis("topic").T)
     keys, values, step = [], [], 6.0 if family == "gpt2" else 15.0
     for r in range(len(RELATIONS)):
         relation = space.basis("relation")[:, r : r + 1]
@@ -255,11 +255,11 @@ def facts(family: Family) -> Design:
         place = slice(r * len(PEOPLE), (r + 1) * len(PEOPLE))
         values.append(space.basis("said").T[place] / act(family, np.array([step])))
     wiring = Wiring(
-        family, vocabulary, space, embed, (_layer(space, h2=mover), _layer(space)),
-        (_idle_mlp(space), Mlp(_stack(*keys), np.vstack(values))), _unembed(space, vocabulary, CONCEPTS, A),
+        family, vocabulary, space, embed, (layer_of(space, h2=mover), layer_of(space)),
+        (idle_mlp(space), Mlp(stack(*keys), np.vstack(values))), unembedding(space, vocabulary, CONCEPTS, A),
     )  # fmt: skip
     working = {"L0.h2": (HELPS, 2 * A, A), "L1.mlp": (HELPS, 2 * A, A)}
-    truth = _truth(wiring, A, working, {("L0.h2", "L1.mlp"): (2 * A, A)})
+    truth = truth_of(wiring, A, working, {("L0.h2", "L1.mlp"): (2 * A, A)})
     return Design("a key-value memory: whom it is about and what is asked give the word", wiring, truth)
 
 

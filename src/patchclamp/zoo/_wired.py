@@ -20,12 +20,14 @@ from patchclamp.errors import ModelError
 from patchclamp.tasks import Pair, Task, Tokenizer
 from patchclamp.zoo import _compile
 from patchclamp.zoo._designs import CONCEPTS, DESIGNS, FILLERS, PEOPLE, RELATIONS, N
+from patchclamp.zoo._relations import RELATED
 from patchclamp.zoo._wiring import Family, Truth, Wiring, run
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WIRED = tuple(DESIGNS)
+ALL = DESIGNS | RELATED
+WIRED = tuple(ALL)
 FAMILIES: tuple[Family, ...] = ("gpt2", "llama")
 
 
@@ -69,11 +71,11 @@ class Wired:
 
 def build(name: str, family: str = "gpt2") -> Wired:
     """See `patchclamp.zoo.wired`."""
-    if name not in DESIGNS:
-        raise ModelError(f"there is no hand-wired model {name!r}: choose from {', '.join(DESIGNS)}")
+    if name not in ALL:
+        raise ModelError(f"there is no hand-wired model {name!r}: choose from {', '.join(ALL)}")
     if family not in FAMILIES:
         raise ModelError(f"no hand-wired model is of family {family!r}: choose from {', '.join(FAMILIES)}")
-    design = DESIGNS[name](family)
+    design = ALL[name](family)
     build = {"gpt2": _compile.gpt2, "llama": _compile.llama}[family]
     task = Task(f"wired-{name}", design.about, partial(_candidates, name), options={"mechanism": name})
     tokenizer = _compile.tokenizer(design.wiring.vocabulary)
@@ -140,4 +142,6 @@ _PROMPTS: dict[str, Callable[[random.Random, int, int], Pair]] = {
     "facts": _facts,
     "and": partial(_cued, cues=("left", "right")),
     "or": partial(_cued, cues=("see", "hear"), against="nothing"),
+    "backup": partial(_cued, cues=("key",), against="nothing"),
+    "suppressor": partial(_cued, cues=("key",)),
 }
