@@ -72,11 +72,16 @@ def test_effects_equal_the_closed_form(model: Wired) -> None:
     assert (opened - model.truth.open).abs().max() < near(model.family, model.truth.open)
     _, corrupt = forward(model, batch.corrupt)
     truth = model.truth
-    alone = [(frozenset([part]), {kind: truth.effects[kind][part] for kind in ("resample", "zero")}) for part in truth.roles]
+    by_example = {kind: [truth.effects_on(one.pair.clean, kind) for one in batch.examples] for kind in ("resample", "zero")}
+    alone = [
+        (frozenset([part]), {kind: torch.tensor([known[part] for known in by_example[kind]]) for kind in by_example})
+        for part in truth.roles
+    ]
     for labels, effects in [*alone, *truth.joint.items()]:
         for kind, values in (("resample", corrupt), ("zero", {})):
             effect = opened - metric(forward(model, batch.tokens, dict.fromkeys(labels, 0.0), values)[0], batch)
-            assert (effect - effects[kind]).abs().max() < near(model.family, effects[kind]), (sorted(labels), kind)
+            known = torch.as_tensor(effects[kind], dtype=torch.float64)
+            assert (effect - known).abs().max() < near(model.family, float(known.abs().max())), (sorted(labels), kind)
 
 
 def test_logits_equal_the_closed_form_at_any_gates(model: Wired) -> None:
@@ -109,6 +114,16 @@ def test_every_part_has_a_role_and_effects_agree_with_it(model: Wired) -> None:
                 assert (effects[label] > 1) if role == "facilitating" else (effects[label] < -1)
     for alternatives in truth.alternatives:
         assert truth.joint[alternatives]["resample"] > 5
+
+
+def test_kinds_of_prompt_have_effects_of_their_own() -> None:
+    truth = wired("switch").truth
+    assert truth.cue("so look-apple then") == "look" and truth.cue("so listen-apple then") == "listen"
+    for kind, average in truth.effects.items():
+        for part, effect in average.items():
+            assert effect == pytest.approx(np.mean([effects[kind][part] for effects in truth.by_cue.values()]))
+    assert truth.by_cue["look"]["zero"]["L1.h1"] > 6 and truth.by_cue["look"]["zero"]["L1.h2"] == 0
+    assert truth.by_cue["listen"]["zero"]["L1.h1"] == 0 and truth.by_cue["listen"]["zero"]["L1.h2"] > 6
 
 
 def test_idle_heads_are_busy_and_write_nothing(model: Wired) -> None:

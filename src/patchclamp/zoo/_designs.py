@@ -142,7 +142,7 @@ def induction(family: Family) -> Design:
     return Design("previous-token head and induction head: what followed this word before follows it again", wiring, truth)
 
 
-def _saturate(space: Space, family: Family) -> tuple[Mlp, Callable[[float], float]]:
+def saturate(space: Space, family: Family) -> tuple[Mlp, Callable[[float], float]]:
     """An MLP that says what has votes, with a ramp that is full at 0.8 votes; and its value as a function of the votes."""
     step = STEP[family]
     votes, one = space.basis("votes"), np.repeat(space.basis("one"), N, 1)
@@ -163,7 +163,7 @@ def redundant(family: Family) -> Design:
     cues = ("key",)
     vocabulary = vocabulary_of(*cues)
     voter = looking(space, "first", space.basis("concept"), space.basis("votes").T)
-    mlp, value = _saturate(space, family)
+    mlp, value = saturate(space, family)
     wiring = Wiring(
         family, vocabulary, space, embedding(space, vocabulary, cues),
         (layer_of(space, h1=voter), layer_of(space, h2=voter)), (idle_mlp(space), mlp),
@@ -178,7 +178,7 @@ def either(family: Family) -> Design:
     cues = ("see", "hear")
     vocabulary = vocabulary_of(*cues)
     heads = [looking(space, kind, space.basis("concept"), space.basis("votes").T) for kind in ("first", "second")]
-    mlp, value = _saturate(space, family)
+    mlp, value = saturate(space, family)
     wiring = Wiring(
         family, vocabulary, space, embedding(space, vocabulary, cues),
         (layer_of(space, h0=heads[0], h3=heads[1]), layer_of(space)), (idle_mlp(space), mlp),

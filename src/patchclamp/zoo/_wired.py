@@ -21,12 +21,13 @@ from patchclamp.tasks import Pair, Task, Tokenizer
 from patchclamp.zoo import _compile
 from patchclamp.zoo._designs import CONCEPTS, DESIGNS, FILLERS, PEOPLE, RELATIONS, N
 from patchclamp.zoo._relations import RELATED
+from patchclamp.zoo._switching import CUES, SWITCHING
 from patchclamp.zoo._wiring import Family, Truth, Wiring, run
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ALL = DESIGNS | RELATED
+ALL = DESIGNS | RELATED | SWITCHING
 WIRED = tuple(ALL)
 FAMILIES: tuple[Family, ...] = ("gpt2", "llama")
 
@@ -124,6 +125,11 @@ def _cued(rng: random.Random, right: int, wrong: int, cues: tuple[str, ...], aga
     return Pair(" ".join(words), (" " + said,), " ".join(corrupt), (" " + instead,), mirrors=against is None)
 
 
+def _switched(rng: random.Random, right: int, wrong: int) -> Pair:
+    """One cue word of either kind; the corrupt prompt's is of the same kind, for another concept."""
+    return _cued(rng, right, wrong, cues=(rng.choice(CUES),))
+
+
 def _facts(rng: random.Random, right: int, _: int) -> Pair:
     """A person and a relation; the corrupt prompt is about another person."""
     relation, person = divmod(right, len(PEOPLE))
@@ -144,4 +150,5 @@ _PROMPTS: dict[str, Callable[[random.Random, int, int], Pair]] = {
     "or": partial(_cued, cues=("see", "hear"), against="nothing"),
     "backup": partial(_cued, cues=("key",), against="nothing"),
     "suppressor": partial(_cued, cues=("key",)),
+    "switch": _switched,
 }

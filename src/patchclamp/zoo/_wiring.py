@@ -179,11 +179,13 @@ class Truth:
     Attributes:
         roles: part label -> "facilitating", "interfering" or "irrelevant", for every head and MLP.
         effects: fallback ("resample", "zero") -> part label -> metric open minus metric with the part closed, the same for
-            every pair of the task. Idle parts that write nothing have exactly 0.
+            every pair of the task, or on average where it has two kinds of prompt (`by_cue`). Idle parts that write nothing
+            have exactly 0.
         joint: parts closed together -> fallback -> metric open minus metric with all of them closed.
         open: the metric with every part open.
         alternatives: sets of parts of which any one suffices: learned gates under pressure to close (G-) keep exactly one
             of each set, and which one varies from seed to seed. Each member's role is "facilitating".
+        by_cue: where parts are used on one kind of prompt only, each kind's own `effects`, by its cue ("look" of "look-apple").
     """
 
     roles: Mapping[str, str]
@@ -191,3 +193,12 @@ class Truth:
     joint: Mapping[frozenset[str], Mapping[str, float]]
     open: float
     alternatives: tuple[frozenset[str], ...] = field(default=())
+    by_cue: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict[str, Mapping[str, Mapping[str, float]]])
+
+    def cue(self, prompt: str) -> str:
+        """Which kind of prompt it is; empty where there is one kind only."""
+        return next((cue for cue in self.by_cue if f"{cue}-" in prompt), "")
+
+    def effects_on(self, prompt: str, fallback: str) -> Mapping[str, float]:
+        """`effects` of one prompt."""
+        return (self.by_cue[self.cue(prompt)] if self.by_cue else self.effects)[fallback]
