@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -28,3 +29,27 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of shared models, PATCHCLAMP_SHARED (default ../shared), is missing")
     return folder
+
+
+@pytest.fixture
+def cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in an empty folder, 200 columns wide; returns code, output and errors with line breaks as blanks."""
+    from patchclamp.cli import common, main
+
+    monkeypatch.chdir(tmp_path)
+    for console in (common.out, common.err):
+        monkeypatch.setattr(console, "_width", 200)  # rich takes COLUMNS when it is imported
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["patchclamp", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        seen = capsys.readouterr()
+        return code, " ".join(seen.out.split()), " ".join(seen.err.split())
+
+    return run

@@ -137,3 +137,75 @@ def test_side_effects_are_those_of_two_runs_by_hand():
     assert text_effects(model, model, texts)["kl"] == 0
     with pytest.raises(PatchclampError, match="two tokens"):
         text_effects(model, model, token_batch([[4]]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has found a circuit."""
+    from patchclamp.study import Plan, map, open_run
+
+    model, task, plan = Model.load("zoo/small"), load_task("ioi"), Plan(n=48)
+    folder = tmp_path_factory.mktemp("runs") / "ioi"
+    source = {"model": "zoo/small", "task": "ioi", "loading": {}, "asked": {}}
+    with open_run(folder, model, task, plan, source=source) as opened:
+        map(model, task, plan, opened, do=("discover",))
+    return folder
+
+
+def test_apply_writes_the_circuit_as_a_checkpoint(cli, run: Path, tmp_path: Path):
+    code, out, err = cli("apply", run, "--keep", "circuit", "--out", "kept", "--also", "agreement", "--n", 16)
+    assert code == 0, err
+    assert "ioi" in out and "agreement" in out and "Plain text (32 texts, written by the model itself)" in out
+    note = json.loads((tmp_path / "kept" / "patchclamp.json").read_text())
+    # what the checkpoint computes on new prompts, against the gates live
+    model, other = Model.load("zoo/small"), Model.load(tmp_path / "kept")
+    from patchclamp.store import load_record
+
+    circuit = load_record(run).circuit
+    assert circuit is not None
+    parts, fit = nodes(model), load_task("ioi").split(model.tokenizer, 48, seed=0).fit
+    batch = load_task("ioi").examples(model.tokenizer, 8, seed=5).batch()
+    gates, rule = parts.only([*circuit]), parts.fallback("mean:all", fit=fit)
+    live = model.run(batch, parts.edits(gates, rule, batch))
+    assert (other.run(batch) - live).abs()[batch.mask].max() < 1e-4 * live.abs().max()
+    assert sorted(note["gates"]) == sorted(str(site) for site in parts.labels[1:] if site not in circuit)
+    assert note["side_effects"][0]["task"] == "ioi" and note["text"]["tokens"] > 100
+
+
+def test_apply_scales_parts_and_generate_runs_the_same_gates_live(cli, run: Path, tmp_path: Path):
+    code, out, err = cli(
+        "apply", run, "--scale", "L1.h*=1.5", "--scale", "L2.mlp=0.5", "--out", "scaled", "--also", "none", "--json"
+    )
+    assert code == 0, err
+    body = json.loads(out)
+    assert body["gates"]["L1.h3"] == 1.5 and body["gates"]["L2.mlp"] == 0.5 and len(body["gates"]) == 9
+    prompt = "When Mary and John went to the store , John gave a drink to"
+    model = Model.load("zoo/small")
+    prompt = model.tokenizer.decode(load_task("ioi").examples(model.tokenizer, 1, seed=5)[0].clean, skip_special_tokens=True)
+    live = cli("generate", "zoo/small", prompt, "--scale", "L1.h*=1.5", "--scale", "L2.mlp=0.5", "--json")
+    folded = cli("generate", "scaled", prompt, "--json")
+    plain = cli("generate", "zoo/small", prompt, "--json")
+    assert live[0] == folded[0] == 0 and json.loads(live[1]) == json.loads(folded[1])
+    assert json.loads(plain[1])[0]["prompt"] == prompt
+    code, out, _ = cli("generate", run, prompt, "--keep", "circuit", "--json")
+    assert code == 0 and json.loads(out)[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--out", "x"), "no gates were asked for"),
+        (("--out", "x", "--scale", "L1.h3"), "write SITE=g"),
+        (("--out", "x", "--scale", "L9.h3=0"), "L9.h3"),
+        (("--out", "x", "--scale", "L1.h3.q=0"), "linear end"),
+        (("--out", "x", "--keep", "circuit", "--fallback", "resample"), "use zero or mean"),
+        (("--out", "x", "--keep", "other"), "--keep circuit"),
+        (("--out", "x", "--scale", "L1.h3=0", "--text", "none.txt"), "no file none.txt"),
+        (("--out", "x", "--scale", "L1.h3=0", "--also", "nonsense"), "nonsense"),
+        (("--out", ".", "--scale", "L1.h3=0"), "there already"),
+    ],
+)
+def test_bad_input_writes_nothing(cli, run: Path, tmp_path: Path, words: tuple[str, ...], said: str):
+    (tmp_path / "here").write_text("something")
+    code, _, err = cli("apply", run, *words)
+    assert code == 2 and said in err and [path.name for path in tmp_path.iterdir()] == ["here"]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,31 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchclamp.cli import main
 from patchclamp.tasks import Pair
 from patchclamp.zoo import wired
 from patchclamp.zoo._wired import Wired
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    """Run the command line in an empty folder; returns code, output and errors with line breaks as blanks."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["patchclamp", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        seen = capsys.readouterr()
-        return code, " ".join(seen.out.split()), " ".join(seen.err.split())
-
-    return run
 
 
 @pytest.fixture(scope="session")

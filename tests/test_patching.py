@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cases import tiny
-from patchclamp.cli import main
 from patchclamp.errors import GateError
 from patchclamp.methods import attribute, exact
 from patchclamp.metrics import METRICS
@@ -89,24 +88,6 @@ def test_many_parts_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch):
 
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["patchclamp", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        seen = capsys.readouterr()
-        return code, " ".join(seen.out.split()), " ".join(seen.err.split())
-
-    return run
 
 
 def test_the_command_patches_states_by_position(cli: Cli, tmp_path: Path):

@@ -16,7 +16,6 @@ import polars as pl
 import pytest
 import torch
 
-from patchclamp.cli import main
 from patchclamp.errors import PatchclampError, StoreError, SweepError, TaskError
 from patchclamp.models.model import Model
 from patchclamp.parts import nodes
@@ -440,26 +439,6 @@ def test_every_failure_is_an_outcome(case: Callable[..., Case], tmp_path: Path, 
 
 
 # --- from the shell
-
-
-@pytest.fixture
-def cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["patchclamp", *(str(word) for word in words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        seen = capsys.readouterr()
-        return code, " ".join(seen.out.split()), " ".join(seen.err.split())
-
-    return run
 
 
 def test_from_the_shell(cli: Callable[..., tuple[int, str, str]], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from patchclamp.errors import PatchclampError, StoreError
+from patchclamp.models.load import no_bar
 from patchclamp.models.model import Model
 from patchclamp.tasks._batch import Batch
 
@@ -31,7 +32,8 @@ def write_checkpoint(model: Model, folder: str | Path, about: Mapping[str, Any],
     fresh = folder.with_name(folder.name + ".writing")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        model.hf.save_pretrained(fresh, safe_serialization=True)
+        with no_bar():
+            model.hf.save_pretrained(fresh, safe_serialization=True)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(fresh)
         (fresh / NOTE).write_text(json.dumps(dict(about), indent=1, ensure_ascii=False), encoding="utf-8")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from patchclamp.cli import inspect, look, patching, questions, sweep
+from patchclamp.cli import change, inspect, look, patching, questions, sweep
 from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 questions.add(app)
 patching.add(app)
 sweep.add(app)
+change.add(app)
 inspect.add(app)
 look.add(app)
 

@@ -36,8 +36,8 @@ def show_cost(
                             f" ({duration(total.low)} to {duration(total.high)}), with the report"))  # fmt: skip
     out.print(Text(f"{found.forward:,.0f} forward and {found.backward:,.0f} backward passes of one prompt of {found.prompt} tokens; "
                    f"up to {shown(found.memory)} beside the model ({shown(found.budget)} at once at most)"))  # fmt: skip
-    out.print(Text("Forward and backward passes are over a row's prompts, with what replay spares. Low: undisturbed; high: as slow as the slowest of what was timed, "
-                   "where descents go on to their end and most is found.", style="dim"))  # fmt: skip
+    out.print(Text("fwd, bwd: passes over a row's prompts, with what replay spares. about: undisturbed; at most: as slow as the slowest "
+                   "of what was timed, where descents go on to their end and most is found.", style="dim"))  # fmt: skip
 
 
 STATES = {

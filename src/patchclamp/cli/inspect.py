@@ -7,6 +7,7 @@ import typer
 from rich.text import Text
 
 from patchclamp.cli import common
+from patchclamp.cli.change import FallbackOf, Keep, Scale, circuit_of, opened, scales_of
 from patchclamp.cli.common import Device, DeviceMap, Dtype, Json, ModelArgument, Revision, Tokenizer, Trust
 from patchclamp.errors import PatchclampError
 
@@ -88,17 +89,33 @@ def record(
 
 
 def generate(
-    model: ModelArgument, prompts: Prompts, edit: Edit = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A hub name, a folder, zoo/NAME; or the folder of a run.", show_default=False)],
+    prompts: Prompts, edit: Edit = None, keep: Keep = None, scale: Scale = None, fallback: FallbackOf = None,
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 20,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Dtype = None, device: Device = None, device_map: DeviceMap = None, revision: Revision = None, tokenizer: Tokenizer = None,
     trust_remote_code: Trust = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Continue prompts, with edits on: during the prompt and every new token."""
-    loaded = common.load_model(model, dtype, device, device_map, revision, tokenizer, trust_remote_code)
+    """Continue prompts, with edits and gates on: during the prompt and every new token."""
+    edits, fit, run = _edits(edit), None, common.run_folder(model)
+    if run is not None:
+        loaded, _, fit, _ = opened(run)
+    else:
+        loaded = common.load_model(model, dtype, device, device_map, revision, tokenizer, trust_remote_code)
+    if keep == "circuit" and run is None:
+        raise PatchclampError(
+            f"--keep circuit is the circuit of a run, and {model} is no run's folder: name the run, or a circuit's file"
+        )
+    scales = scales_of(scale)
+    if keep is not None or scales:
+        from patchclamp.study.apply import asked
+
+        want = asked(loaded, fit, circuit_of(keep, run or Path(model)), scales, fallback)
+        for site, made in want.parts.edits(want.gates, want.fallback).items():
+            edits.setdefault(site, []).append(made)
     texts = _prompts(prompts)
-    made = loaded.generate(texts, _edits(edit), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    made = loaded.generate(texts, edits, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if as_json:
         common.print_json([{"prompt": prompt, "text": text} for prompt, text in zip(texts, made.texts, strict=True)])
         return

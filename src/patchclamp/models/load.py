@@ -85,7 +85,7 @@ def _model(
     if Path(where).is_dir():
         _only_safetensors(Path(where), name)
     try:
-        with _no_bar():
+        with no_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name!r} could not be loaded: {_reason(error)}") from error
@@ -108,8 +108,8 @@ def _model(
 
 
 @contextmanager
-def _no_bar() -> Generator[None, None, None]:
-    """No bar while weights are put in place: it takes no time (a download from the hub still shows)."""
+def no_bar() -> Generator[None, None, None]:
+    """No bar while weights are put in place or written: it takes no time (a download from the hub still shows)."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
