@@ -1,15 +1,17 @@
 """Commands that change a model for good: apply."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from patchclamp.circuit import Circuit
 from patchclamp.cli import common
 from patchclamp.cli.common import Json
 from patchclamp.errors import GateError, PatchclampError
+
+if TYPE_CHECKING:
+    from patchclamp.circuit import Circuit
 
 Scale = Annotated[
     list[str] | None,
@@ -111,13 +113,15 @@ def opened(run: Path) -> tuple[Any, Any, Any, dict[str, Any]]:
     return model, split.confirm, split.fit, {"model": source["model"], "task": source["task"]}
 
 
-def circuit_of(keep: str | None, run: Path) -> Circuit | None:
+def circuit_of(keep: str | None, run: Path) -> "Circuit | None":
     """The run's circuit, or one from a file."""
     if keep is None:
         return None
     if keep != "circuit":
         if not Path(keep).is_file():
             raise PatchclampError(f"--keep {keep!r} was given: write --keep circuit, or name a file of a circuit (JSON)")
+        from patchclamp.circuit import Circuit
+
         return Circuit.from_json(Path(keep).read_text(encoding="utf-8"))
     from patchclamp.store import load_record
 
