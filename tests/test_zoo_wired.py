@@ -186,3 +186,34 @@ def test_unknown_names_are_refused() -> None:
         wired("xor")
     with pytest.raises(ModelError, match="family 'bert'"):
         wired("and", "bert")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_of_two_tasks_has_its_own_truth(family: str) -> None:
+    """Effects of both tasks against the hooks of this file; half of each one's parts are the other's too."""
+    one = wired("shared", family)
+    assert list(one.tasks) == list(one.truths) == ["see", "hear"] and one.tasks["see"] is one.task
+    used = {name: {part for part, role in truth.roles.items() if role == "facilitating"} for name, truth in one.truths.items()}
+    assert used["see"] & used["hear"] == {"L0.mlp", "L1.mlp"} and len(used["see"]) == len(used["hear"]) == 4
+    for name, task in one.tasks.items():
+        batch = task.examples(one.tokenizer, 8, seed=2).batch()
+        opened, (_, corrupt) = metric(forward(one, batch.tokens)[0], batch), forward(one, batch.corrupt)
+        for part in one.truths[name].roles:
+            for kind, values in (("resample", corrupt), ("zero", {})):
+                effect = opened - metric(forward(one, batch.tokens, {part: 0.0}, values)[0], batch)
+                known = one.truths[name].effects[kind][part]
+                assert (effect - known).abs().max() < near(family, known), (name, part, kind)
+
+
+def test_parts_with_a_common_input_are_correlated_and_do_not_act_on_each_other() -> None:
+    one = wired("common")
+    batch = one.task.examples(one.tokenizer, 200, seed=1).batch()
+    _, values = forward(one, batch.tokens)
+    loud = {part: values[part][:, -1].double() for part in ("L1.h1", "L1.h2")}
+    sizes = torch.stack([value.norm(dim=-1) for value in loud.values()])
+    assert 0.3 < float(torch.corrcoef(sizes)[0, 1]) < 0.7
+    _, closed = forward(one, batch.tokens, {"L1.h1": 0.0})
+    assert torch.equal(closed["L1.h2"], values["L1.h2"])
+    for part, upstream in (("L1.h1", "L0.h1"), ("L1.h2", "L0.h2")):  # each hears its own side's private word
+        _, closed = forward(one, batch.tokens, {upstream: 0.0})
+        assert not torch.allclose(closed[part], values[part], atol=1e-3)

@@ -49,8 +49,8 @@ def wired(name: str, family: str = "gpt2") -> "Wired":
     """Build a hand-wired model with its task and the truth about it: under a second, a million weights, most of them zero.
 
     Args:
-        name: one of `wired_names()`: "induction", "redundant", "interfering", "facts", "and", "or", "backup", "suppressor" or
-            "switch".
+        name: one of `wired_names()`: "induction", "redundant", "interfering", "facts", "and", "or", "backup", "suppressor",
+            "switch", "common" or "shared" (which has two tasks: `tasks`).
         family: "gpt2" (closed forms exact to 1e-5 in float64) or "llama" (grouped-query attention; to 1e-5 relative, for its
             norms compute in float32).
 

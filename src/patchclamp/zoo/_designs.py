@@ -4,8 +4,8 @@ All have 2 layers of 4 heads with an MLP each. A concept is one of 24 words; `sa
 the unembedding multiplies them by A. A facilitating part adds 1 to the right word's, so a metric is a multiple of A.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,11 +33,12 @@ IDLE, HELPS, HURTS = "irrelevant", "facilitating", "interfering"
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """A wiring with what is known of it."""
+    """A wiring with what is known of it; where it has several tasks, of each (`truth` is then the first one's)."""
 
     about: str
     wiring: Wiring
     truth: Truth
+    truths: Mapping[str, Truth] = field(default_factory=dict[str, Truth])
 
 
 def plain_space(**more: int) -> Space:

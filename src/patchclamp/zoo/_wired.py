@@ -20,6 +20,7 @@ from patchclamp.errors import ModelError
 from patchclamp.tasks import Pair, Task, Tokenizer
 from patchclamp.zoo import _compile
 from patchclamp.zoo._designs import CONCEPTS, DESIGNS, FILLERS, PEOPLE, RELATIONS, N
+from patchclamp.zoo._pairs_of_tasks import PAIRED, TONES
 from patchclamp.zoo._relations import RELATED
 from patchclamp.zoo._switching import CUES, SWITCHING
 from patchclamp.zoo._wiring import Family, Truth, Wiring, run
@@ -27,7 +28,7 @@ from patchclamp.zoo._wiring import Family, Truth, Wiring, run
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ALL = DESIGNS | RELATED | SWITCHING
+ALL = DESIGNS | RELATED | SWITCHING | PAIRED
 WIRED = tuple(ALL)
 FAMILIES: tuple[Family, ...] = ("gpt2", "llama")
 
@@ -45,6 +46,8 @@ class Wired:
         task: pairs with balanced answers.
         truth: roles and exact effects of every head and MLP (see `Truth`).
         wiring: what every part reads and writes.
+        tasks: where the model has several tasks, each by name; `task` is the first.
+        truths: the truth about each of `tasks`.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Wired:
     task: Task = field(repr=False)
     truth: Truth = field(repr=False)
     wiring: Wiring = field(repr=False)
+    tasks: Mapping[str, Task] = field(repr=False, default_factory=dict[str, Task])
+    truths: Mapping[str, Truth] = field(repr=False, default_factory=dict[str, Truth])
 
     def logits(
         self, tokens: tuple[int, ...], gates: Mapping[str, float] | None = None, corrupt: tuple[int, ...] | None = None
@@ -78,9 +83,12 @@ def build(name: str, family: str = "gpt2") -> Wired:
         raise ModelError(f"no hand-wired model is of family {family!r}: choose from {', '.join(FAMILIES)}")
     design = ALL[name](family)
     build = {"gpt2": _compile.gpt2, "llama": _compile.llama}[family]
-    task = Task(f"wired-{name}", design.about, partial(_candidates, name), options={"mechanism": name})
+    kinds = [f"{name}-{kind}" for kind in design.truths] or [name]
+    tasks = [Task(f"wired-{kind}", design.about, partial(_candidates, kind), options={"mechanism": kind}) for kind in kinds]
     tokenizer = _compile.tokenizer(design.wiring.vocabulary)
-    return Wired(name, family, design.about, build(design.wiring), tokenizer, task, design.truth, design.wiring)
+    several = dict(zip(design.truths, tasks, strict=False))
+    return Wired(name, family, design.about, build(design.wiring), tokenizer, tasks[0], design.truth, design.wiring, several,
+                 design.truths)  # fmt: skip
 
 
 def _candidates(name: str, rng: random.Random, _: Tokenizer) -> Iterator[Pair]:
@@ -130,6 +138,17 @@ def _switched(rng: random.Random, right: int, wrong: int) -> Pair:
     return _cued(rng, right, wrong, cues=(rng.choice(CUES),))
 
 
+def _common(rng: random.Random, right: int, wrong: int) -> Pair:
+    """A private word of either side, then a cue; the corrupt prompt's cue is for another concept."""
+    said, instead = CONCEPTS[right], CONCEPTS[wrong]
+    cues = (f"left-{rng.choice(TONES)}", f"right-{rng.choice(TONES)}", f"key-{said}")
+    words, _ = _among(rng, *cues)
+    corrupt = [word.replace(f"key-{said}", f"key-{instead}") for word in words]
+    start = len(" ".join(words[: words.index(f"key-{said}")]))
+    cue = (start + (start > 0), start + (start > 0) + len(f"key-{said}"))
+    return Pair(" ".join(words), (" " + said,), " ".join(corrupt), (" " + instead,), spans={"cue": cue}, mirrors=False)
+
+
 def _facts(rng: random.Random, right: int, _: int) -> Pair:
     """A person and a relation; the corrupt prompt is about another person."""
     relation, person = divmod(right, len(PEOPLE))
@@ -151,4 +170,7 @@ _PROMPTS: dict[str, Callable[[random.Random, int, int], Pair]] = {
     "backup": partial(_cued, cues=("key",), against="nothing"),
     "suppressor": partial(_cued, cues=("key",)),
     "switch": _switched,
+    "common": _common,
+    "shared-see": partial(_cued, cues=("see",)),
+    "shared-hear": partial(_cued, cues=("hear",)),
 }
