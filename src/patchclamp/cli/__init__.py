@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from patchclamp.cli import change, inspect, look, patching, questions, sweep
+from patchclamp.cli import change, inspect, look, patching, questions, relate, sweep
 from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 questions.add(app)
 patching.add(app)
+relate.add(app)
 sweep.add(app)
 change.add(app)
 inspect.add(app)

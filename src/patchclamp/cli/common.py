@@ -1,7 +1,7 @@
 """What commands share: options, loading, progress, printing."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,3 +146,23 @@ def refuse_both(given: object, name: str) -> None:
     """Raise where an option makes no sense beside a run folder."""
     if given is not None:
         raise PatchclampError(f"{name} was given beside a run folder, which has its own: leave it out, or give MODEL TASK")
+
+
+def check_table(out: Path | None, top: int = 1) -> None:
+    """Refuse a table that could not be written, before anything runs."""
+    if out is not None and out.suffix not in (".parquet", ".csv"):
+        raise PatchclampError(f"--out {out} was given: tables are written as .parquet or .csv")
+    if out is not None and not out.parent.is_dir():
+        raise PatchclampError(f"--out {out} was given, and there is no folder {out.parent}: make it first")
+    if top < 1:
+        raise PatchclampError(f"--top {top} was given: choose 1 or more")
+
+
+def write_table(write: Callable[[Path], object], out: Path) -> None:
+    """The whole table or nothing."""
+    hidden = out.with_name(f".{out.stem}.new{out.suffix}")
+    try:
+        write(hidden)
+        hidden.replace(out)
+    finally:
+        hidden.unlink(missing_ok=True)

@@ -177,12 +177,7 @@ def _ask(
     out: Path | None, as_json: bool, learns: bool = False,
 ) -> None:  # fmt: skip
     """Load, draw prompts, measure, print the largest, write the table."""
-    if out is not None and out.suffix not in (".parquet", ".csv"):
-        raise PatchclampError(f"--out {out} was given: tables are written as .parquet or .csv")
-    if out is not None and not out.parent.is_dir():
-        raise PatchclampError(f"--out {out} was given, and there is no folder {out.parent}: make it first")
-    if top < 1:
-        raise PatchclampError(f"--top {top} was given: choose 1 or more")
+    common.check_table(out, top)
     found = common.find_task(task, *asked)
     loaded = common.load_model(model, *loading)
     fit, select, confirm = found.split(loaded.tokenizer, n=n, seed=seed)
@@ -191,7 +186,7 @@ def _ask(
     with common.bars() as bars:
         scores = run(loaded, fit, some, lambda done, of: bars.progress(what, done, of))
     if out is not None:
-        _write(scores, out)
+        common.write_table(scores.save, out)
     if as_json:
         common.print_json(
             {"about": dict(scores.about), "scores": scores.table.to_dicts(), "out": None if out is None else str(out)}
@@ -216,16 +211,6 @@ def _ask(
 
 def _interval(row: dict[str, Any]) -> str:
     return f"{row['score']:+.3f}" + ("" if row.get("low") is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]")
-
-
-def _write(scores: "Scores", out: Path) -> None:
-    """The whole table or nothing."""
-    hidden = out.with_name(f".{out.stem}.new{out.suffix}")
-    try:
-        scores.save(hidden)
-        hidden.replace(out)
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 def _spread(text: str) -> list[str]:
