@@ -11,10 +11,12 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from patchclamp.errors import PatchclampError
-from patchclamp.scores import ArrayLike, Part, Scores, parse_part
+from patchclamp.errors import NumericsError, PatchclampError
+from patchclamp.scores import ArrayLike, Part, parse_part
+from patchclamp.scores.statistics import judged
 
 SEPARATOR = " & "
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +67,17 @@ class Dependence:
             directed: whether `a` acts on `b`.
             columns: more columns, a value per pair.
         """
-        names = [str(part) for part in parts]
-        if not len(pairs):
-            return cls.of(names, pairs, [], about, directed=directed, **columns)
-        scores = Scores.from_samples([parts[0]] * len(pairs), samples, about, groups, seed=seed)
-        found = scores.table.select("score", "low", "high", "p", "q")
-        return cls.of(names, pairs, found["score"], scores.about, directed=directed,
-                      **{name: found[name] for name in ("low", "high", "p", "q")}, **columns)  # fmt: skip
+        values = np.asarray(samples, dtype=np.float64)
+        if values.ndim != 2 or len(values) != len(pairs):
+            raise PatchclampError(f"samples of {len(pairs)} pairs have shape [{len(pairs)}, examples], not {list(values.shape)}")
+        if not np.isfinite(values).all():
+            pair, example = np.argwhere(~np.isfinite(values))[0]
+            a, b = (parts[number] for number in pairs[pair])
+            raise NumericsError(f"the pair {a}, {b} is {values[pair, example]} on example {example}: expected a number")
+        found = judged(values, groups, seed, RESAMPLES)
+        known = {name: pl.Series(getattr(found, name), dtype=pl.Float64).fill_nan(None) for name in ("low", "high", "p", "q")}
+        facts = {**about, "n": values.shape[1], "groups": found.groups, "resamples": RESAMPLES}
+        return cls.of(parts, pairs, found.mean, facts, directed=directed, **known, **columns)
 
     @classmethod
     def of(

@@ -1,10 +1,11 @@
 """Intervals and p-values of means over examples, or over groups of examples that belong together."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 # What the products of sign flips may cost, in multiplications: above it p-values get coarser, never the machine slower.
 _FLIP_BUDGET = 4e10
@@ -84,3 +85,48 @@ def sign_flip(sums: Float[np.ndarray, "part group"], seed: int) -> Float[np.ndar
         hits += (np.abs(sums @ signs) >= seen[:, None]).sum(1)
         left -= step
     return (1 + hits) / (1 + total)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Means over examples, one per row, with what is known of each; all but `mean` are NaN with fewer than 2 groups.
+
+    Args:
+        mean: over examples.
+        low: of the 95 % percentile bootstrap interval over groups.
+        high: of the same.
+        p: two-sided, from flipping the signs of groups.
+        q: Benjamini and Hochberg's over all rows.
+        groups: how many there are.
+    """
+
+    mean: Float[np.ndarray, " row"]
+    low: Float[np.ndarray, " row"]
+    high: Float[np.ndarray, " row"]
+    p: Float[np.ndarray, " row"]
+    q: Float[np.ndarray, " row"]
+    groups: int
+
+    def clear(self, floor: float = 0.0, alpha: float = 0.05) -> Float[np.ndarray, " row"]:
+        """The sign, where q is at most `alpha`, the interval leaves zero out and |mean| is above `floor`; else 0."""
+        sure = (self.q <= alpha) & ((self.low > 0) | (self.high < 0)) & (np.abs(self.mean) > floor)
+        return np.where(sure, np.sign(self.mean), 0.0)
+
+    def within(self, margin: float) -> Bool[np.ndarray, " row"]:
+        """Whether the whole interval lies between -margin and margin."""
+        return (self.low >= -margin) & (self.high <= margin)
+
+
+def judged(
+    samples: Float[np.ndarray, "row example"], groups: Sequence[object] | None = None, seed: int = 0, resamples: int = 1000
+) -> Judged:
+    """Mean, interval, p and q of every row of samples, over groups of examples where they are named."""
+    mean, nothing = samples.mean(1), np.full(len(samples), np.nan)
+    sums, sizes = grouped(samples, names_of(groups))
+    if len(sizes) < 2 or not len(samples):
+        return Judged(mean, nothing, nothing, nothing, nothing, len(sizes))
+    from scipy.stats import false_discovery_control
+
+    low, high = bootstrap(sums, sizes, resamples, seed)
+    p = sign_flip(sums, seed)
+    return Judged(mean, low, high, p, false_discovery_control(p), len(sizes))
