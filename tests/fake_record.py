@@ -16,6 +16,7 @@ from patchclamp.store.record import (
     Prompt,
     Provenance,
     Record,
+    Relations,
     TaskInfo,
     Trust,
 )
@@ -84,6 +85,7 @@ def fake_record(hostile: str = "") -> Record:
         examples=examples(random, hostile),
         patterns=patterns(random, hostile),
         claims=claims(),
+        relations=relations(random),
         warnings=("Answers of 14 pairs take two tokens: these pairs were dropped.",),
     )  # fmt: skip
 
@@ -210,3 +212,38 @@ def claims() -> tuple[Claim, ...]:
             "not tested",
         ),
     )
+
+
+def relations(random: np.random.Generator) -> Relations:
+    """Strong parts need each other within a community; L2.h2 and L2.h7 stand in for each other."""
+    names = [*STRONG, "L1.h2", "L2.h7", "L0.h5"]
+    names.sort(key=lambda name: PARTS.index(Site.parse(name)))
+    rows = []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            strong = a in STRONG and b in STRONG
+            value = 0.3 * np.sqrt(abs(STRONG.get(a, 0) * STRONG.get(b, 0))) + random.normal(0, 0.02)
+            word, relation = ("AND", "") if strong else ("none", "")
+            if {a, b} == {"L2.h2", "L2.h7"}:
+                value, word, relation = -0.9, "OR", "redundancy"
+            rows.append({"a": a, "b": b, "interaction": value, "low": value - 0.05, "high": value + 0.05, "q": 0.001 if strong else 0.6,
+                         "other": value * 0.7, "other_low": value * 0.7 - 0.05, "other_high": value * 0.7 + 0.05, "other_q": 0.01,
+                         "frozen": value * 0.9, "word": word, "relation": relation, "association": random.normal(0, 0.3),
+                         "association_q": float(random.uniform())})  # fmt: skip
+    parts = pl.DataFrame(
+        {"site": names, "layer": [Site.parse(name).layer for name in names], "effect": [STRONG.get(name, 0.0) for name in names],
+         "community": [number % 3 for number in range(len(names))], "order": list(range(len(names))), "strength": [1.0] * len(names)}
+    )  # fmt: skip
+    changed = pl.DataFrame(
+        {"a": ["L2.h2"], "b": ["L2.h7"], "open": [0.01], "score": [0.9], "open_role": ["nothing"], "role": ["facilitating"],
+         "shift": [0.89], "shift_q": [0.001]}
+    )  # fmt: skip
+    repair = pl.DataFrame({"a": ["L2.h2"], "b": ["L2.h7"], "score": [0.8], "low": [0.7], "high": [0.9], "q": [0.001]})
+    inputs = [f"prompt {number}" for number in range(12)]
+    switching = pl.DataFrame(
+        [{"site": site, "input": name, "group": "seen" if n < 6 else "heard", "gate": float((n < 6) == (site == "L2.h2"))}
+         for site in ("L2.h2", "L2.h7") for n, name in enumerate(inputs)]
+    )  # fmt: skip
+    about = {"of": 45, "n": 120, "fallback": "resample", "second": "mean", "communities": 3, "modularity": 0.31,
+             "modularity_null": 0.18, "modularity_p": 0.004}  # fmt: skip
+    return Relations(pl.DataFrame(rows), parts, changed, repair, switching, None, about)

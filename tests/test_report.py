@@ -113,7 +113,7 @@ def test_a_browser_draws_every_chart(tmp_path: Path, hostile: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     drawn = done.stdout
     assert "could not be drawn" not in drawn[: drawn.index("<footer>")]
-    assert len(re.findall(r'<svg[^>]+class="marks"', drawn)) == html.count("data-chart>") == 18
+    assert len(re.findall(r'<svg[^>]+class="marks"', drawn)) == html.count("data-chart>") == 22
     assert "<img" not in drawn[: drawn.index("<footer>")]
 
 
@@ -141,6 +141,10 @@ def test_every_section_has_its_numbers() -> None:
         "patchclamp map zoo/small ioi --seed 0",
         "transformers 5.23.0",
         "812 MB",
+        "12 of 45 parts were looked at, 66 pairs, on 120 prompts",
+        "redundancy",
+        "3 communities, modularity 0.31",
+        "Roles that depend on another part",
     ]
     for text in said:
         assert text.replace("\u202f", " ") in words, text
@@ -149,7 +153,7 @@ def test_every_section_has_its_numbers() -> None:
 
 def test_what_was_not_done_is_not_tested() -> None:
     page = Page(render(bare_record()))
-    assert len(re.findall("Not tested:", page.words)) == 11
+    assert len(re.findall("Not tested:", page.words)) == 12
     assert not without_library(page)
 
 
@@ -189,7 +193,8 @@ def rows_of(chart: Any) -> list[list[dict[str, Any]]]:
 
 RECORD = fake_record()
 assert RECORD.curve is not None and RECORD.toggles is not None and RECORD.circuit is not None
-assert RECORD.patterns is not None and RECORD.trust is not None
+assert RECORD.patterns is not None and RECORD.trust is not None and RECORD.relations is not None
+assert RECORD.relations.switching is not None
 CHARTS: dict[str, Callable[[], Any]] = {
     "role_map": lambda: figures.role_map(RECORD.scores),
     "effect_map": lambda: figures.effect_map(RECORD.scores),
@@ -201,6 +206,10 @@ CHARTS: dict[str, Callable[[], Any]] = {
     "minimality_bars": lambda: figures.minimality_bars(RECORD.trust.minimality),
     "circuit_drawing": lambda: figures.circuit_drawing(RECORD.circuit, RECORD.scores),
     "attention_pattern": lambda: figures.attention_pattern(RECORD.patterns, 0),
+    "interaction_matrix": lambda: figures.interaction_matrix(RECORD.relations.pairs, RECORD.relations.parts),
+    "connectome": lambda: figures.connectome(RECORD.relations.pairs, RECORD.relations.parts),
+    "causal_against_statistical": lambda: figures.causal_against_statistical(RECORD.relations.pairs),
+    "switching_map": lambda: figures.switching_map(RECORD.relations.switching),
 }
 
 

@@ -41,6 +41,11 @@ def charts(record: Record) -> dict[str, figures.Chart]:
         found["minimality"] = figures.minimality_bars(record.trust.minimality)
     if record.toggles is not None:
         found["toggles"] = figures.toggle_curves(record.toggles, record.toggled)
+    if record.relations is not None:
+        found["interactions"] = figures.interaction_matrix(record.relations.pairs, record.relations.parts)
+        found["connectome"] = figures.connectome(record.relations.pairs, record.relations.parts)
+        if "association" in record.relations.pairs.columns:
+            found["causal-statistical"] = figures.causal_against_statistical(record.relations.pairs)
     for head, site in enumerate(record.patterns.sites if record.patterns is not None else ()):
         assert record.patterns is not None
         found[f"pattern-{site}"] = figures.attention_pattern(record.patterns, head)

@@ -30,18 +30,23 @@ from patchclamp.report.look import (
     spoken,
     styled,
 )
+from patchclamp.report.relations import causal_against_statistical, connectome, interaction_matrix, switching_map
 from patchclamp.store.record import Null
 
 __all__ = [
     "agreement_scatter",
     "attention_pattern",
+    "causal_against_statistical",
     "circuit_drawing",
+    "connectome",
     "effect_map",
     "faithfulness_curve",
+    "interaction_matrix",
     "minimality_bars",
     "null_gates",
     "null_shares",
     "role_map",
+    "switching_map",
     "toggle_curves",
 ]
 

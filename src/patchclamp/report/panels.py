@@ -67,6 +67,8 @@ def context(record: Record) -> dict[str, Any]:
         "circuit_figures": _circuit(record),
         "curve": _curve(record),
         "toggles": _toggles(record),
+        "relation_figures": _relations(record),
+        "named": _named(record),
         "patterns": _patterns(record),
         "prompts": [_prompt(prompt) for prompt in record.examples],
         "plan": json.dumps(plain(record.plan), indent=2, ensure_ascii=False),
@@ -152,6 +154,44 @@ def _toggles(record: Record) -> Figure | None:
         return None
     drawn = figures.toggle_curves(record.toggles, record.toggled, "container")
     return _figure("toggle-check", drawn, f"{record.toggled[:1].upper()}{record.toggled[1:]} as parts are closed")
+
+
+def _relations(record: Record) -> list[Figure]:
+    found = record.relations
+    if found is None:
+        return []
+    drawn = [
+        _figure("interactions", figures.interaction_matrix(found.pairs, found.parts, "container"),
+                "Interaction of every pair, communities together; a dot: the sign holds under two fallbacks"),
+        _figure("connectome", figures.connectome(found.pairs, found.parts, "container"),
+                "The strongest of them by layer, input below; colour of a part is its community, size its exact effect"),
+    ]  # fmt: skip
+    if "association" in found.pairs.columns:
+        caption = "What closing both shows, against how outputs go together"
+        drawn.append(_figure("causal-statistical", figures.causal_against_statistical(found.pairs, "container"), caption))
+    if found.switching is not None and found.switching.height:
+        drawn.append(_figure("switching", figures.switching_map(found.switching, "container"), "Parts that switch, by input"))
+    return drawn
+
+
+def _named(record: Record) -> list[dict[str, Any]]:
+    """Pairs that stand in for each other, suppress or need each other: those with a relation of a name first, then by size."""
+    if record.relations is None:
+        return []
+    rows = [clean(row) for row in record.relations.pairs.filter(pl.col("word").is_in(["AND", "OR"])).to_dicts()]
+    rows.sort(key=lambda row: (not row.get("relation"), -abs(row["interaction"])))
+    ends = (("interaction", "low", "high"), ("other", "other_low", "other_high"))
+    for row in rows:
+        row["shown"], row["shown_other"] = (_interval(row, *names) for names in ends)
+    return rows
+
+
+def _interval(row: Mapping[str, Any], name: str, low: str, high: str) -> str:
+    if row.get(name) is None:
+        return "–"
+    return signed(row[name]) + (
+        "" if row.get(low) is None or row.get(high) is None else f" [{signed(row[low])}, {signed(row[high])}]"
+    )
 
 
 def _patterns(record: Record) -> list[Figure]:

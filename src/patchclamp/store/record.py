@@ -193,6 +193,32 @@ class Patterns:
 
 
 @dataclass(frozen=True)
+class Relations:
+    """How parts go together.
+
+    Args:
+        pairs: a row per pair: a, b, interaction (with low, high, q), other (the same under the second fallback, with other_low,
+            other_high, other_q), frozen (with the final norm's scale held), word (AND, OR, none, undecided), relation
+            (redundancy, backup, suppression, or empty), association (of outputs, with association_q).
+        parts: a row per part: site, layer, effect, community, order (its place in the matrix), strength (sum of |interaction|).
+        changed: conditional roles that differ from those with all gates open: a (closed), b, open, score, open_role, role,
+            shift, shift_q.
+        repair: what later parts' direct effects do when a part closes: a (closed), b, score (compensation), low, high, q.
+        switching: gates by input, of parts that switch: site, input, group, gate.
+        families: of examples with a mechanism of their own: family, prompts, words, top parts.
+        about: fallbacks, metric, n, how many parts were looked at of how many, modularity with its null, and the like.
+    """
+
+    pairs: pl.DataFrame
+    parts: pl.DataFrame
+    changed: pl.DataFrame
+    repair: pl.DataFrame | None = None
+    switching: pl.DataFrame | None = None
+    families: pl.DataFrame | None = None
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
 class Record:
     """One study, as the report reads it.
 
@@ -217,6 +243,7 @@ class Record:
         patterns: attention of the top heads.
         claims: sentences with verdicts.
         warnings: what the reader must know before anything else.
+        relations: how parts go together.
     """
 
     headline: str
@@ -237,6 +264,7 @@ class Record:
     patterns: Patterns | None = None
     claims: tuple[Claim, ...] = ()
     warnings: tuple[str, ...] = ()
+    relations: Relations | None = None
 
     def __post_init__(self) -> None:
         needed = {"scores": tuple(SCORE_COLUMNS)[:4], **FRAMES}
