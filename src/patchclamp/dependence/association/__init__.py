@@ -1,0 +1,16 @@
+"""Association: what parts' outputs have in common over tokens and prompts, beside what intervention says."""
+
+from patchclamp.dependence.association.composition import attention_row, composed, log_ratio_partial
+from patchclamp.dependence.association.information import gaussian, ksg
+from patchclamp.dependence.association.kernels import cka, coco, gaussian_gram, hsic, linear_gram, unbiased_hsic
+from patchclamp.dependence.association.measuring import MEASURES, associate, association
+from patchclamp.dependence.association.neural import Estimate, neural_information
+from patchclamp.dependence.association.partial import partial_correlations, stability, support, support_by_ebic
+from patchclamp.dependence.association.recording import Recorded, recorded, stream
+from patchclamp.dependence.association.table import Association
+
+__all__ = [
+    "MEASURES", "Association", "Estimate", "Recorded", "associate", "association", "attention_row", "cka", "coco", "composed",
+    "gaussian", "gaussian_gram", "hsic", "ksg", "linear_gram", "log_ratio_partial", "neural_information", "partial_correlations",
+    "recorded", "stability", "stream", "support", "support_by_ebic", "unbiased_hsic",
+]  # fmt: skip

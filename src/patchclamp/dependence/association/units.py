@@ -1,0 +1,114 @@
+"""Independent units: which tokens belong together, how units are exchanged under the null, and what a condition takes away.
+
+Tokens of one prompt are not independent, and prompts of one group neither. Under the null hypothesis that two parts have
+nothing to do with each other, the right part's whole unit may stand beside any other unit of the left part that is of the same
+shape (as many prompts, of the same positions).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from patchclamp.errors import PatchclampError
+
+FEWEST = 5
+"""Fewer exchangeable units than this have too few permutations: 4! = 24 do not give p = .05 to anything but a perfect match."""
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Rows by independent unit.
+
+    Args:
+        rows: of each unit, in order.
+        alike: sets of units that may change places.
+    """
+
+    rows: tuple[Int[np.ndarray, " member"], ...]
+    alike: tuple[Int[np.ndarray, " unit"], ...]
+
+    @property
+    def size(self) -> int:
+        """How many rows there are."""
+        return sum(map(len, self.rows))
+
+    def permutation(self, draw: np.random.Generator) -> Int[np.ndarray, " row"]:
+        """Rows of the right part that stand beside the left part's rows: units change places, whole."""
+        out = np.empty(self.size, dtype=np.int64)
+        for units in self.alike:
+            for to, origin in zip(units, draw.permutation(units), strict=True):
+                out[self.rows[to]] = self.rows[origin]
+        return out
+
+    def without(self, left_out: Sequence[int]) -> Int[np.ndarray, " row"]:
+        """Rows of all other units, in order."""
+        gone = set(map(int, left_out))
+        return np.sort(np.concatenate([rows for unit, rows in enumerate(self.rows) if unit not in gone]))
+
+
+def units_of(
+    unit: Sequence[object], slot: Sequence[object] | Int[np.ndarray, " row"], strata: Sequence[object] | None = None
+) -> Units:
+    """Units from each row's unit and its slot within the unit (position, number of the prompt).
+
+    Args:
+        unit: of each row.
+        slot: of each row: units with the same slots in the same order are of the same shape.
+        strata: of each row, the same throughout a unit: units change places within a stratum only.
+
+    Raises:
+        PatchclampError: fewer than 5 units can change places with another.
+    """
+    members: dict[object, list[int]] = {}
+    for row, name in enumerate(unit):
+        members.setdefault(name, []).append(row)
+    shapes: dict[object, list[int]] = {}
+    for number, rows in enumerate(members.values()):
+        stratum = None if strata is None else strata[rows[0]]
+        shapes.setdefault((stratum, tuple(map(str, (slot[row] for row in rows)))), []).append(number)
+    alike = tuple(np.array(numbers) for numbers in shapes.values())
+    if sum(len(one) for one in alike if len(one) > 1) < FEWEST:
+        raise PatchclampError(
+            f"{len(members)} independent units (groups of prompts) were given, and fewer than {FEWEST} of them have the same "
+            "lengths as another: under the null they could not change places. Give more prompts, or their last tokens only (last=1)"
+        )
+    return Units(tuple(np.array(rows) for rows in members.values()), alike)
+
+
+def residual(
+    values: Float[np.ndarray, "row width"], factors: Sequence[Int[np.ndarray, " row"]], sweeps: int = 200
+) -> Float[np.ndarray, "row width"]:
+    """What is left of a value once the mean of every level of every factor is taken off (least squares on indicators).
+
+    One factor takes one sweep; several are swept in turn until nothing moves by more than 1e-10 of the spread.
+    """
+    left = values - values.mean(0)
+    spread = np.abs(left).max(initial=0) or 1.0
+    for _ in range(sweeps if len(factors) > 1 else 1):
+        moved = 0.0
+        for codes in factors:
+            counts = np.bincount(codes)
+            means = np.stack([np.bincount(codes, weights=column) for column in left.T], 1) / np.maximum(counts, 1)[:, None]
+            left = left - means[codes]
+            moved = max(moved, float(np.abs(means).max(initial=0)))
+        if moved <= 1e-10 * spread:
+            break
+    return left
+
+
+def levels(factors: Sequence[Int[np.ndarray, " row"]]) -> int:
+    """Degrees of freedom that the factors take: the mean, and each factor's levels less one."""
+    return 1 + sum(len(np.unique(codes)) - 1 for codes in factors)
+
+
+def codes_of(labels: Sequence[object] | np.ndarray) -> Int[np.ndarray, " row"]:
+    """Labels as numbers from 0."""
+    return np.unique(np.asarray(labels), return_inverse=True)[1].astype(np.int64)
+
+
+def blocks_of(units: Units, count: int, seed: int) -> list[Int[np.ndarray, " unit"]]:
+    """Units in `count` blocks of about equal size, drawn at random: what a jackknife leaves out in turn."""
+    order = np.random.default_rng([seed, 3]).permutation(len(units.rows))
+    return [np.sort(block) for block in np.array_split(order, min(count, len(order))) if len(block)]
