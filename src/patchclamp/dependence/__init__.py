@@ -3,9 +3,10 @@
 from patchclamp.dependence.closings import Closings, close_pairs
 from patchclamp.dependence.conditional import changed_roles, conditional_roles
 from patchclamp.dependence.interactions import interaction_table, interactions, named, relations
+from patchclamp.dependence.repair import SelfRepair, erasure, joint_backups, self_repair
 from patchclamp.dependence.table import Dependence
 
 __all__ = [
-    "Closings", "Dependence", "changed_roles", "close_pairs", "conditional_roles", "interaction_table", "interactions", "named",
-    "relations",
+    "Closings", "Dependence", "SelfRepair", "changed_roles", "close_pairs", "conditional_roles", "erasure", "interaction_table",
+    "interactions", "joint_backups", "named", "relations", "self_repair",
 ]  # fmt: skip
