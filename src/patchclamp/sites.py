@@ -9,6 +9,7 @@ The grammar, by example::
     L9.h6                                    a head as a part (its gate sits on z)
     L9.h6.q|z|scores|pattern|write           one query head;   L9.z: all heads of the layer
     L9.kv2.k|v                               one key/value head, native under grouped-query attention
+    L9.kv2  L9.block                         groups with one gate: a key/value head's key and value; what attention and MLP add
     L3.mlp.n127  L3.mlp.n                    one neuron, all neurons
     L3.router  L3.mlp.e5  L3.mlp.e5.n7       mixture of experts
     L5.resid.post.f1234:DICT                 a dictionary feature
@@ -80,6 +81,12 @@ KINDS: dict[str, Kind] = {
 }
 # fmt: on
 
+GROUPS: dict[str, Kind] = {
+    "kv": Kind(KV, False, "a group: the key and the value of one key/value head", "no softmax attention in the layer", 3),
+    "block": Kind(RESID, False, "a group: what attention and MLP add to the residual stream", "never", 17),
+}
+"""Groups of sites that share one gate (`parts.tied`): names of parts, and no places that hold a value."""
+
 PER_HEAD = ("q", "scores", "pattern", "z", "write")
 PER_KV = ("k", "v")
 _GLOBAL = ("embed", "final", "logits")
@@ -118,8 +125,9 @@ class Site:
 
     def _tail(self) -> str:
         kind, i = self.kind, self.index
-        if kind == "head":
-            return "h*" if i is None else f"h{i}"
+        if kind in ("head", "kv"):
+            mark = "h" if kind == "head" else kind
+            return f"{mark}*" if i is None else f"{mark}{i}"
         if kind in PER_HEAD:
             return kind if i is None and kind != "write" else (f"h*.{kind}" if i is None else f"h{i}.{kind}")
         if kind in PER_KV:
@@ -136,7 +144,8 @@ class Site:
         """Sorting key: forward order, then index, then dictionary and position (from the start, from the end, by name)."""
         layer = {"embed": -1, "final": 10**6, "logits": 10**6 + 1}.get(self.kind, self.layer if self.layer is not None else -1)
         index, sub, feature = (-1 if number is None else number for number in (self.index, self.sub, self.feature))
-        return (layer, KINDS[self.kind].order, index, sub, feature, f"{self.dictionary or ''}@{_position_key(self.position)}")
+        order = (GROUPS if self.kind in GROUPS else KINDS)[self.kind].order
+        return (layer, order, index, sub, feature, f"{self.dictionary or ''}@{_position_key(self.position)}")
 
     def __lt__(self, other: "Site") -> bool:
         return self.key < other.key
@@ -189,6 +198,8 @@ def _position_key(position: int | str | None) -> str:
 
 _FORMS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"h(?P<i>\d+|\*)"), "head"),
+    (re.compile(r"kv(?P<i>\d+|\*)"), "kv"),
+    (re.compile(r"block"), "block"),
     *((re.compile(rf"(?:h(?P<i>\d+|\*)\.)?{kind}"), kind) for kind in PER_HEAD),
     *((re.compile(rf"(?:kv(?P<i>\d+|\*)\.)?{kind}"), kind) for kind in PER_KV),
     (re.compile(r"mlp\.n(?P<i>\d+|\*)?"), "neuron"),

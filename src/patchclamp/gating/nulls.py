@@ -5,8 +5,9 @@ import copy
 import torch
 
 from patchclamp.models.model import Model
-from patchclamp.parts import Fallback, Parts
+from patchclamp.parts import Fallback, Gated, Parts, Tied
 from patchclamp.parts.fallbacks import Mean
+from patchclamp.parts.other import Other
 from patchclamp.tasks import Examples
 
 SHUFFLED, REINITIALISED = "shuffled answers", "re-initialised weights"
@@ -28,7 +29,14 @@ def reinitialised(model: Model, seed: int) -> Model:
 
 
 def on_reinitialised(parts: Parts, fit: Examples, fallback: Fallback, seed: int) -> tuple[Parts, Fallback]:
-    """The same parts of a re-initialised copy of their model, and the same rule of what a closed gate passes, learned there."""
+    """The same parts of a re-initialised copy of their model, and the same rule of what a closed gate passes, learned there.
+
+    Another model whose values are put in is re-initialised too, with other draws.
+    """
+    if isinstance(fallback, Other):
+        assert isinstance(parts, Gated | Tied)  # no other parts have that rule
+        twin = parts.on(reinitialised(parts.model, seed))
+        return twin, twin.fallback("model", other=reinitialised(fallback.model, seed + 1))
     kind = ":".join([fallback.kind, *([fallback.by] if isinstance(fallback, Mean) else [])])
     twin = parts.on(reinitialised(parts.model, seed))
     return twin, twin.fallback(kind, fit=fit)

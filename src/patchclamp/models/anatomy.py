@@ -10,7 +10,7 @@ from torch import nn
 
 from patchclamp.errors import FamilyError, SiteError
 from patchclamp.models.families import Family, family_of
-from patchclamp.sites import KINDS, PER_HEAD, PER_KV, Site
+from patchclamp.sites import GROUPS, KINDS, PER_HEAD, PER_KV, Site
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Anatomy:
             return f"the model has layers 0 to {len(self.layers) - 1}"
         if site.layer is None:
             return None
+        if site.kind in GROUPS:
+            return f"it names {GROUPS[site.kind].obtained}, which is a part with one gate (parts.tied) and no place of its own"
         layer = self.layers[site.layer]
         if site.kind == "resid.mid" and self.parallel:
             return KINDS["resid.mid"].absent

@@ -10,7 +10,9 @@ from patchclamp.parts.edges import Edges, edges
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback
 from patchclamp.parts.gated import Gated, gated
 from patchclamp.parts.nodes import Nodes, nodes
+from patchclamp.parts.tied import Tied, tied
 
 __all__ = [
-    "FALLBACKS", "Edges", "Fallback", "Gated", "Gates", "Nodes", "Parts", "benefits", "edges", "gated", "nodes", "sites_of",
+    "FALLBACKS", "Edges", "Fallback", "Gated", "Gates", "Nodes", "Parts", "Tied", "benefits", "edges", "gated", "nodes",
+    "sites_of", "tied",
 ]  # fmt: skip

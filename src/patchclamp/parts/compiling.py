@@ -24,6 +24,15 @@ def acts_on(site: Site) -> Site:
     return Site("mlp.write", site.layer) if site.kind == "mlp" and site.index is None else replace(site.place, position=None)
 
 
+def check_distinct(place: Site, sites: Sequence[Site]) -> None:
+    """Refuse two names of one thing (`L9.h6` and `L9.h6.z`): their gates would be one gate twice."""
+    seen: dict[tuple[int | None, int | str | None], Site] = {}
+    for site in sites:
+        twin = seen.setdefault((site.index, site.position), site)
+        if twin is not site:
+            raise GateError(f"{twin} and {site} are gates on the same values, those of {place}: leave one of them out")
+
+
 def mix(
     place: Site,
     sites: Sequence[Site],
@@ -35,7 +44,8 @@ def mix(
 ) -> Mix:
     """The gates of the parts `sites`, which act on `place`, as one edit of a run of some columns; `value` is the fallback's."""
     by_head, settings = place.kind in BY_HEAD, len(gates)
-    gate = _units(place, sites, _spread(sites, gates, batch), sizes)
+    units = _units(place, sites, sizes)
+    gate = _every(place, units, _spread(units, sites, gates, batch), sizes)
     columns = slice(0, columns.stop) if place.kind in WHOLE else columns
     gate = gate[:, :, columns] if gate.shape[2] > 1 else gate
     axis = 2 if by_head else 1
@@ -50,43 +60,58 @@ def mix(
 
 
 def _spread(
-    sites: Sequence[Site], gates: Float[Tensor, "setting row #position gate"], batch: Batch | None
+    units: Sequence[int | None],
+    sites: Sequence[Site],
+    gates: Float[Tensor, "setting row #position gate"],
+    batch: Batch | None,
 ) -> Float[Tensor, "setting row #position unit"]:
-    """Gates of parts at positions as gates at every column (1 where no part stands), one per unit."""
-    places: dict[int | str | None, list[int]] = {}
-    for number, site in enumerate(sites):
-        places.setdefault(site.position, []).append(number)
-    if set(places) == {None}:
+    """Gates of parts at positions as gates at every column, one per unit (1 where no part stands).
+
+    Gates of nested parts multiply: of `L9.z` and `L9.h6`, of `L9.h6` and `L9.h6@-1`.
+    """
+    if [(site.index, site.position) for site in sites] == [(unit, None) for unit in units]:
         return gates
-    assert batch is not None  # edits() has checked
-    units = sorted({site.index for site in sites}, key=lambda index: -1 if index is None else index)
-    if any([sites[number].index for number in numbers] != units for numbers in places.values()):
-        raise GateError("parts at one place must have the same positions each")
-    spread: Tensor | None = None
+    layers: dict[tuple[bool, int | str | None], list[int]] = {}
+    for number, site in enumerate(sites):
+        layers.setdefault((site.index is None, site.position), []).append(number)
     shut = [True] * len(sites) if gates.requires_grad else (gates != 1).flatten(0, 2).any(0).tolist()
-    for position, numbers in places.items():
+    spread: Tensor | None = None
+    for (whole, position), numbers in layers.items():
         if not any(shut[number] for number in numbers):
             continue
         split = gates[..., numbers]
         if position is not None:
+            assert batch is not None  # edits() has checked
             where = batch.columns(position).to(gates.device)[None, :, :, None]
             split = torch.where(where, split, torch.ones_like(split))
+        if not whole and [sites[number].index for number in numbers] != units:
+            split = _put(split, [units.index(sites[number].index) for number in numbers], len(units))
         spread = split if spread is None else spread * split
-    return torch.ones_like(gates[..., : len(units)]) if spread is None else spread
+    return torch.ones_like(gates[..., :1]).expand(-1, -1, -1, len(units)) if spread is None else spread
 
 
-def _units(
-    place: Site, sites: Sequence[Site], gates: Float[Tensor, "setting row #position gate"], sizes: Sequence[Sizes]
-) -> Float[Tensor, "setting row #position unit"]:
+def _units(place: Site, sites: Sequence[Site], sizes: Sequence[Sizes]) -> list[int | None]:
+    """The units of a place that any of the sites gates: all of them where one gates the place as a whole, beside single ones."""
+    found = list(dict.fromkeys(site.index for site in sites))
+    if None not in found or found == [None] or place.layer is None:
+        return found
+    return list(range(_count(place, sizes[place.layer])))
+
+
+def _every(
+    place: Site, units: Sequence[int | None], gates: Float[Tensor, "setting row #position unit"], sizes: Sequence[Sizes]
+) -> Float[Tensor, "setting row #position every"]:
     """Gates of some units of a place as gates of all of them."""
-    units = list(dict.fromkeys(site.index for site in sites))
-    if units == [None] or place.layer is None:
+    if list(units) == [None] or place.layer is None:
         return gates
     total = _count(place, sizes[place.layer])
-    if units == list(range(total)):
-        return gates
-    full = torch.ones(*gates.shape[:3], total, device=gates.device, dtype=gates.dtype)
-    return full.index_copy(3, torch.tensor(units, device=gates.device), gates)
+    return gates if list(units) == list(range(total)) else _put(gates, [unit or 0 for unit in units], total)
+
+
+def _put(gates: Float[Tensor, "*many unit"], where: Sequence[int], total: int) -> Float[Tensor, "*many every"]:
+    """Gates at some of `total` places, 1 at the others."""
+    full = torch.ones(*gates.shape[:-1], total, device=gates.device, dtype=gates.dtype)
+    return full.index_copy(-1, torch.tensor(where, device=gates.device), gates)
 
 
 def _count(place: Site, sizes: Sizes) -> int:

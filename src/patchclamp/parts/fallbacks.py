@@ -151,6 +151,7 @@ class Own:
 
 
 FALLBACKS = ("resample", "mean", "zero")
+"""Those that need no more than the task; `model` takes another model's values."""
 
 
 def learn_mean(record: Record, fit: Examples, size: int = 64, by: str | None = None) -> Mean:

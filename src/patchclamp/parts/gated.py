@@ -18,9 +18,10 @@ from patchclamp.models.model import Model
 from patchclamp.models.norms import scale_of
 from patchclamp.models.recording import Recorder
 from patchclamp.models.standing import Start
-from patchclamp.parts.compiling import acts_on, mix
-from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
+from patchclamp.parts.compiling import acts_on, check_distinct, mix
+from patchclamp.parts.fallbacks import Fallback, Values, expand_to_rows
 from patchclamp.parts.measuring import measured
+from patchclamp.parts.rules import rule
 from patchclamp.parts.slopes import slopes
 from patchclamp.sites import KINDS, Site, select
 from patchclamp.tasks import Examples
@@ -42,22 +43,29 @@ def gated(
 
     Args:
         model: the model.
-        sites: sites or patterns. `L3.h*.q`, `L*.mlp` or `L2.mlp.n*` are a part each; a whole-layer site is one part.
+        sites: sites or patterns. `L3.h*.q`, `L*.mlp` or `L2.mlp.n*` are a part each; a whole-layer site is one part. Each may name
+            its own position (`L9.h*@S2`). Gates of nested parts (`L9.z`, `L9.h6`, `L9.h6@-1`) multiply.
         positions: a part per position or named span instead of one for all positions.
         memory: bytes that one folded pass may take; by default a share of what is free (`models.memory`).
         routing: of a mixture of experts: "free", or "frozen" to what it is in the model's own run of the same prompts.
 
     Raises:
         SiteError: a pattern that fits nothing, or a site that cannot be written.
-        GateError: frozen routing with gates on the router, or in a model without one.
+        GateError: two names of one thing (`L9.h6`, `L9.h6.z`); frozen routing with gates on the router, or without a router.
     """
-    wanted = [str(site) for site in sites]
-    chosen = select(wanted, [*model.sites, *_units_of(model, wanted)])
-    for site in chosen:
-        if not KINDS[acts_on(site).kind].writable:
-            raise SiteError(f"{site} can be read but not written, so it can have no gate")
-    each = [site.at(position) for site in chosen for position in positions] if positions else chosen
-    return Gated(model, each, memory, routing)
+    wanted = [str(site).partition("@") for site in sites]
+    known = [*model.sites, *_units_of(model, [body for body, _, _ in wanted])]
+    chosen: dict[int | str | None, set[Site]] = {}
+    for body, _, where in wanted:
+        position = Site.parse(f"embed@{where}").position if where else None
+        chosen.setdefault(position, set()).update(select(body, known))
+    each: set[Site] = set()
+    for position, found in chosen.items():
+        for site in found:
+            if not KINDS[acts_on(site).kind].writable:
+                raise SiteError(f"{site} can be read but not written, so it can have no gate")
+            each.update(site.at(one) for one in ([position] if position is not None else positions or [None]))
+    return Gated(model, sorted(each), memory, routing)
 
 
 def _units_of(model: Model, patterns: Sequence[str]) -> list[Site]:
@@ -99,6 +107,8 @@ class Gated:
         self.by_place: dict[Site, list[int]] = {}
         for number, site in enumerate(self.labels):
             self.by_place.setdefault(acts_on(site), []).append(number)
+        for place, numbers in self.by_place.items():
+            check_distinct(place, [self.labels[number] for number in numbers])
 
     @cached_property
     def index(self) -> dict[Site, int]:
@@ -198,21 +208,13 @@ class Gated:
             self.model.forward(batch, columns=torch.zeros(1, dtype=torch.long, device=self.model.device))
         return dict(recorder.kept)
 
-    def fallback(self, kind: str, fit: Examples | None = None) -> Fallback:
-        """The rule called `kind`: resample, mean (learned on `fit`), zero.
+    def fallback(self, kind: str, fit: Examples | None = None, other: Model | None = None) -> Fallback:
+        """The rule called `kind`: resample, mean (learned on `fit`), zero, or model (the values of `other` on the same prompt).
 
         Raises:
-            GateError: no such rule, or mean without a fit set.
+            GateError: no such rule, mean without a fit set, or another model that is not given or not of this anatomy.
         """
-        if kind == "zero":
-            return Zero(self.places, self.model.device)
-        if kind == "resample":
-            return Resample(self.record)
-        if kind.partition(":")[0] == "mean":
-            if fit is None or len(fit) == 0:
-                raise GateError("the fallback 'mean' is learned: give the fit set, fit=")
-            return learn_mean(self.record, fit, by=kind.partition(":")[2] or None)
-        raise GateError(f"there is no fallback {kind!r}: choose from {', '.join(FALLBACKS)} (mean:position, mean:span, mean:all)")
+        return rule(self, kind, fit, other)
 
     def edits(
         self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None = None

@@ -1,0 +1,35 @@
+"""Rules by name: what `parts.fallback(kind)` gives."""
+
+from typing import TYPE_CHECKING
+
+from patchclamp.errors import GateError
+from patchclamp.models.model import Model
+from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Zero, learn_mean
+from patchclamp.parts.other import Other, check_alike, warn_of_unseen
+from patchclamp.tasks import Examples
+
+if TYPE_CHECKING:
+    from patchclamp.parts.gated import Gated
+
+
+def rule(parts: "Gated", kind: str, fit: Examples | None = None, other: Model | None = None) -> Fallback:
+    """The rule called `kind` for the places of some parts; see `Gated.fallback`."""
+    if other is not None and kind != "model":
+        raise GateError(f"another model was given ({other.name}), and the fallback {kind!r} takes none: ask for 'model'")
+    if kind == "zero":
+        return Zero(parts.places, parts.model.device)
+    if kind == "resample":
+        return Resample(parts.record)
+    if kind == "model":
+        if other is None:
+            raise GateError("the fallback 'model' takes another model's values: give it, other=Model.load(...)")
+        check_alike(parts.model, other)
+        warn_of_unseen(parts.places, parts.model, other)
+        return Other(parts.on(other).record, other)
+    if kind.partition(":")[0] == "mean":
+        if fit is None or len(fit) == 0:
+            raise GateError("the fallback 'mean' is learned: give the fit set, fit=")
+        return learn_mean(parts.record, fit, by=kind.partition(":")[2] or None)
+    raise GateError(
+        f"there is no fallback {kind!r}: choose from {', '.join(FALLBACKS)} (mean:position, mean:span, mean:all), model"
+    )
