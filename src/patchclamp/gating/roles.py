@@ -17,7 +17,7 @@ from jaxtyping import Float
 from patchclamp.errors import TaskError
 from patchclamp.gating.fit import Gated, Progress, fit, refit
 from patchclamp.gating.judge import Evidence, calls, judge, most
-from patchclamp.gating.nulls import REINITIALISED, SHUFFLED, on_reinitialised
+from patchclamp.gating.nulls import REINITIALISED, SHUFFLED, on_twin, twin_of
 from patchclamp.gating.objective import GatingSettings
 from patchclamp.gating.substitutes import substitutes
 from patchclamp.gating.table import role_names, table_of
@@ -26,6 +26,7 @@ from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks import Examples
 
 FACTORS = (1 / 3, 3.0)  # of lambda: a role that does not outlast them is fragile
+FAR = 10.0  # a null whose logits had to be shrunk by more is told of
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,12 @@ def _nulls(
         one(SHUFFLED, parts, fit_on.shuffled_answers(seed), held.shuffled_answers(seed + 1), fallback)
     except TaskError as error:
         warnings.append(f"no null of shuffled answers: {error}")
-    twin, values = on_reinitialised(parts, fit_on, fallback, settings.seed)
+    model, shrunk = twin_of(parts.model, fit_on, settings.seed)
+    twin, values = on_twin(parts, model, fit_on, fallback, settings.seed)
+    if shrunk > FAR:
+        warnings.append(
+            f"re-initialised weights gave logits {shrunk:.0f} times as wide as the model's: that null's were divided by as much"
+        )
     one(REINITIALISED, twin, fit_on, held, values)
     return found, warnings
 
