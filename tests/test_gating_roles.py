@@ -187,7 +187,7 @@ def test_a_nulls_logits_are_no_wider_than_the_models() -> None:
     assert any("times as wide as the model's" in warning for warning in found("or").warnings)
     for null in found("or").nulls:
         assert null.bar_facilitating < 20  # 441 nats before
-    again, shrunk = twin_of(wild, split.fit, 1)
+    _, shrunk = twin_of(wild, split.fit, 1)
     assert shrunk < 2
 
 
