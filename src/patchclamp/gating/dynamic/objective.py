@@ -45,7 +45,8 @@ class DynamicSettings:
         relaxation: "sigmoid": gates between 0 and 1. "relaxed": sigmoid((logits + logistic noise) / temperature), the relaxed
             Bernoulli gate. "straight": 0 or 1 forward, the sigmoid's slope backward (straight-through).
         temperature: of the relaxed gate.
-        redraws: how many draws of closed gates the adversary has, beside the gates as they are; 0: closed gates stay closed.
+        redraws: how many draws of closed gates the adversary has, beside the gates as they are: the last opens all of them, those
+            before are random (`redraw.redrawn`); 0: closed gates stay closed.
         target: "model": D as above. "exchanged": the same, with the probabilities of right and wrong answer put in the order
             that the examples' labels say. "labels": NLL of the labelled answer (no safeguard).
         seed: of all that is drawn.

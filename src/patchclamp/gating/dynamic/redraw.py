@@ -10,24 +10,25 @@ from patchclamp.tasks._batch import Batch
 
 
 def redrawn(shape: tuple[int, ...], count: int, draws: torch.Generator) -> list[Float[Tensor, "1 #example 1 every"]]:
-    """How far closed gates are moved towards open, r of g + (1 - g) r: `count` draws, after one of 0 (as they are).
+    """How far closed gates are moved towards open, r of g + (1 - g) r: 0 (as they are), `count` - 1 random draws, and 1 (open).
 
-    Each draw moves a share of the parts, itself drawn from [0, 1], each by an amount from [0, 1]: by turns every example its
-    own parts, and the same parts in all examples of the batch, where an adversary has most to choose from.
+    A random draw moves a share of the parts, itself drawn from [0, 1], each by an amount from [0, 1]: by turns the same parts in
+    all examples of the batch, where an adversary has most to choose from, and every example its own parts. At r = 1 the model is
+    itself: a claim that gates must be shut for something to come out never survives it, and one that gates must be open always.
 
     Args:
         shape: [example, every].
-        count: draws beside the first.
+        count: draws beside the first; with 0 closed gates stay closed.
         draws: where from.
     """
     examples, every = shape
     found = [torch.zeros(1, 1, 1, every)]
-    for number in range(count):
+    for number in range(count - 1):
         alike = 1 if number % 2 == 0 else examples
         share = torch.rand(1, alike, 1, 1, generator=draws)
         moved = torch.rand(1, alike, 1, every, generator=draws) < share
         found.append(moved * torch.rand(1, alike, 1, every, generator=draws))
-    return found
+    return found + [torch.ones(1, 1, 1, every)] * (count > 0)
 
 
 def worst_redraw(
