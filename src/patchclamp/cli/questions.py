@@ -1,4 +1,4 @@
-"""Commands that ask something of a model and keep a run: map, gate, attribute, verify, discover, trust."""
+"""Commands that ask something of a model and keep a run: map, gate, attribute, verify, discover, relate, trust."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -40,6 +40,9 @@ MinAccuracy = Annotated[float | None, typer.Option(help="Below it there is nothi
 Draws = Annotated[int | None, typer.Option("--random-circuits", help="Of the circuit's size and shape. [default: 100]")]
 NoNulls = Annotated[bool, typer.Option("--no-nulls", help="Do not fit gates to shuffled answers and re-initialised weights.")]
 Force = Annotated[bool, typer.Option("--force", help="Fit gates even where answers hardly vary.")]
+PairsOf = Annotated[
+    int | None, typer.Option(help="relate: parts, of largest effect, whose pairs are closed together. [default: 60]")
+]
 Memory = Annotated[
     str | None, typer.Option(help="For settings that run at once: 2GB, 512MiB, 50% of what is free. [default: a quarter of it]")
 ]
@@ -143,6 +146,11 @@ def add(app: typer.Typer) -> None:
         ("attribute", ("attribute",), "Score every part with one method, beside exact effects."),
         ("verify", ("verify",), "Exact effect of every part, two fallbacks, random prefixes, agreement of methods."),
         ("discover", ("discover",), "Find a circuit: the fewest parts that keep the behaviour."),
+        (
+            "relate",
+            ("relate",),
+            "How parts depend on each other: interactions, conditional roles, self-repair, connectome, outputs.",
+        ),
         ("trust", ("discover", "trust"), "Judge the circuit: faithfulness, completeness, minimality, random circuits."),
     ):
         app.command(name, help=about)(_command(steps))
@@ -153,7 +161,8 @@ def _command(steps: tuple[str, ...] | None) -> Any:
         subject: Subject, task: TaskArgument = None, out: Out = None, n: N = None, seed: Seed = None, metric: Metric = None,
         fallback: Fallback = None, second: Second = None, direction: Direction = None,
         routing: Routing = None, method: Method = None, budget: Budget = None,
-        pressure: Pressure = None, faithfulness: Faithfulness = None, min_accuracy: MinAccuracy = None, random_circuits: Draws = None,
+        pressure: Pressure = None, pairs_of: PairsOf = None,
+        faithfulness: Faithfulness = None, min_accuracy: MinAccuracy = None, random_circuits: Draws = None,
         no_nulls: NoNulls = False, force: Force = False, option: Options = None, columns: Columns = None, chat: Chat = False,
         bos: Bos = None, dtype: Dtype = None, device: Device = None, device_map: DeviceMap = None, revision: Revision = None,
         tokenizer: Tokenizer = None, trust_remote_code: Trust = False, memory: Memory = None, dry_run: DryRun = False, as_json: Json = False,
@@ -161,7 +170,8 @@ def _command(steps: tuple[str, ...] | None) -> Any:
         given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction,
                  "routing": routing, "method": method,
                  "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
-                 "random_circuits": random_circuits, "nulls": False if no_nulls else None, "force": True if force else None}  # fmt: skip
+                 "random_circuits": random_circuits, "pairs_of": pairs_of,
+                 "nulls": False if no_nulls else None, "force": True if force else None}  # fmt: skip
         loading = {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision, "tokenizer": tokenizer,
                    "trust": trust_remote_code}  # fmt: skip
         asked = {"options": option, "columns": columns, "chat": chat, "bos": bos}

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from patchclamp.cli.common import out, print_rows
+from patchclamp.store.record import Relations
 from patchclamp.study import Study
 from patchclamp.study.claims import shown
 
@@ -40,6 +41,8 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
     for null in record.nulls:
         out.print(Text(f"Null, {null.name}: {null.facilitating + null.interfering:.0%} of {null.parts} parts called "
                        f"facilitating or interfering ({null.raw_facilitating + null.raw_interfering:.0%} without safeguards)"))  # fmt: skip
+    if record.relations is not None:
+        _relations(record.relations)
     claims = Table.grid(padding=(0, 2))
     claims.add_column(justify="right", no_wrap=True)
     for claim in record.claims:
@@ -49,6 +52,37 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
         claims.add_row(Text(claim.verdict, style=STYLES[claim.verdict]), sentence)
     out.print(claims)
     out.print(Text.assemble(("Report ", "bold"), str(report)), soft_wrap=True)  # a path in one piece can be clicked
+
+
+def _relations(found: Relations) -> None:
+    """Pairs with a relation of a name, then the largest; roles that change; communities and hubs."""
+    about, pairs = found.about, found.pairs
+    words = pairs.filter(pl.col("word").is_in(["AND", "OR"]))
+    counts = ", ".join(f"{words.filter(pl.col('word') == word).height} {word}" for word in ("AND", "OR"))
+    out.print()
+    out.print(Text(f"{pairs.height} pairs of {found.parts.height} parts: {counts} (the sign holds under {about['fallback']} and {about['second']})",
+                   style="italic"))  # fmt: skip
+    ranked = words.sort([pl.col("relation") == "", -pl.col("interaction").abs()]).head(10)
+    rows: list[dict[str, object]] = []
+    for row in ranked.iter_rows(named=True):
+        shown_row: dict[str, object] = {"part": row["a"], "and": row["b"], "word": row["word"], "relation": row["relation"]}
+        span = "" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+        shown_row |= {"interaction": _number(row["interaction"]) + span, about["second"]: _number(row["other"])}
+        rows.append(shown_row | {"outputs": _number(row.get("association"))})
+    print_rows(rows)
+    if found.changed.height:
+        best = found.changed.row(0, named=True)
+        out.print(Text(f"{found.changed.height} roles change when another part closes: {best['b']} goes from {best['open_role']} "
+                       f"({best['open']:+.2f}) to {best['role']} ({best['score']:+.2f}) when {best['a']} is closed"))  # fmt: skip
+    hubs = about["hubs"]
+    null = f"graphs of the same degrees {about['modularity_null']:.2f}, p {about['modularity_p']:.3f}"
+    out.print(Text(f"{about['communities']} communities, modularity {about['modularity']:.2f} ({null})"))
+    out.print(
+        Text(
+            f"Closing the hubs {' '.join(hubs['parts'])} takes {hubs['effect']:+.2f}, random sets {hubs['random_mean']:+.2f} (p {hubs['p']:.3f})"
+        )
+    )
+    out.print()
 
 
 def _parts(scores: pl.DataFrame, fallbacks: tuple[str, ...], metric: str) -> None:

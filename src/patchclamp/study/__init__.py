@@ -4,8 +4,8 @@
 report is made from.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,24 @@ from patchclamp.circuit import Circuit
 from patchclamp.discover import discover
 from patchclamp.discover.threshold import ranked
 from patchclamp.errors import PatchclampError
-from patchclamp.methods import attribute, effects, groups_of
-from patchclamp.models.memory import budget
+from patchclamp.methods import groups_of
 from patchclamp.models.model import Model
-from patchclamp.parts import Fallback, Nodes, nodes
 from patchclamp.scores import Scores
 from patchclamp.store import Run, Watch
-from patchclamp.store.record import Baseline, Claim, Record
+from patchclamp.store.record import Claim, Record
 from patchclamp.study import record as records
 from patchclamp.study import steps
 from patchclamp.study.claims import Found, claims, headline
-from patchclamp.study.plan import STEPS, Plan
+from patchclamp.study.plan import EXTRA, STEPS, Plan
 from patchclamp.study.provenance import identity, provenance
-from patchclamp.tasks import Examples, Task, load_task
-from patchclamp.tasks._split import Split
+from patchclamp.study.work import Progress, Work, begin, score
+from patchclamp.tasks import Task, load_task
 from patchclamp.trust import Trusted, resampled_circuits, trust
 
-__all__ = ["STEPS", "Plan", "Study", "load", "map", "open_run"]
+__all__ = ["EXTRA", "STEPS", "Plan", "Study", "Work", "begin", "carry_out", "load", "map", "open_run", "score"]
 
-FINISHED = {"roles": "gate", "second": "verify", "discover": "discover", "trust": "trust"}
+FINISHED = {"roles": "gate", "second": "verify", "discover": "discover", "trust": "trust", "hubs": "relate"}
 """Which step of a map has been done where a run has kept the result of this name."""
-
-Progress = Callable[[str, int, int], None]
-"""Told (what is running, how much is done, how much there is)."""
 
 
 @dataclass(frozen=True)
@@ -80,37 +75,6 @@ class Study:
         return f"<p><b>{escape(self.record.headline)}</b></p><ul>{rows}</ul>{table}"
 
 
-@dataclass
-class Work:
-    """One map while it runs: what every step needs, and what the steps have found."""
-
-    model: Model
-    task: Task
-    plan: Plan
-    run: Run
-    split: Split
-    parts: Nodes
-    kind: str
-    fallback: Fallback
-    metric: str
-    baseline: Baseline
-    told: Progress
-    warnings: list[str] = field(default_factory=list[str])
-    found: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def progress(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, of: self.told(what, done, of)
-
-    def exact(self, name: str, examples: Examples, fallback: Fallback) -> Scores:
-        """Exact effects as a step."""
-        plan = self.plan
-        direction = plan.direction if fallback.kind == "resample" else "noising"
-        return self.run.step(
-            name, attribute, self.parts, examples, fallback, "exact", metric=self.metric, direction=direction, seed=plan.seed,
-            progress=self.progress("exact effects"),
-        )  # fmt: skip
-
-
 def map(
     model: Model,
     task: Task | str,
@@ -147,8 +111,8 @@ def map(
 
 def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
     """The steps of a map that has begun."""
-    if unknown := set(do) - set(STEPS):
-        raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join(STEPS)}")
+    if unknown := set(do) - {*STEPS, *EXTRA}:
+        raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join((*STEPS, *EXTRA))}")
     do = {*do, *(step for name, step in FINISHED.items() if name in work.run.seconds)}  # what a run has found stays in it
     score(work, do)
     if "verify" in do:
@@ -161,59 +125,11 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
         _discover(work)
     if "trust" in do:
         _trust(work)
+    if "relate" in do:
+        from patchclamp.study.relate import relate
+
+        work.found["relations"] = relate(work)
     return _finish(work)
-
-
-def begin(
-    model: Model, task: Task, plan: Plan, run: Run, progress: Progress | None = None, memory: int | str | None = None
-) -> Work:
-    """Prompts, parts, fallback and baseline; raises `BaselineError` where the model does not show the behaviour."""
-    told = progress or (lambda what, done, of: None)
-    split = task.split(model.tokenizer, plan.n, seed=plan.seed)
-    parts = nodes(model, memory=budget(model.device, memory), routing=plan.routing)
-    kind = plan.fallback or ("resample" if split.fit[0].corrupt is not None else "mean")
-    fallback = parts.fallback(kind, fit=split.fit)
-    metric = steps.metric_for(split.confirm, plan.metric)
-    baseline = run.step("baseline", steps.baseline, parts, split.confirm, fallback, metric)
-    steps.require(baseline, split.confirm, plan.min_accuracy)
-    work = Work(model, task, plan, run, split, parts, kind, fallback, metric, baseline, told)
-    if fallback.off_distribution:
-        work.warnings.append(
-            f"The fallback {kind} puts in values that the model never computes itself: effects may be of the shock, not of the part."
-        )
-    if split.confirm.majority > 0.9 and not split.confirm[0].targets:
-        work.warnings.append(
-            f"{split.confirm.majority:.0%} of the prompts have the same answer: parts that always say it look like parts that know it."
-        )
-    return work
-
-
-def score(work: Work, do: Collection[str]) -> None:
-    """Whatever gives each part a number on each prompt by itself: exact effects, attributions, effects for the circuit."""
-    if {"attribute", "verify", "gate"} & set(do):
-        work.found["exact"] = work.exact("exact", work.split.confirm, work.fallback)
-    if "verify" in do:
-        _second(work)
-    if "attribute" in do or "verify" in do:
-        names = ("gradient", "integrated", "random") if "verify" in do else (work.plan.method,)
-        work.found["attributions"] = work.run.step(
-            "-".join(("attribution", *names)), steps.attributions, work.parts, work.split.confirm, work.fallback, work.metric, names,
-            work.plan.seed, work.progress("attribution"),
-        )  # fmt: skip
-    if {"discover", "trust"} & set(do):
-        work.found["samples"] = work.run.step(
-            "select-effects", effects, work.parts, work.split.select, work.fallback, "exact", metric=work.metric, seed=work.plan.seed,
-            progress=work.progress("effects for the circuit"),
-        )  # fmt: skip
-
-
-def _second(work: Work) -> None:
-    """Exact effects under a second fallback."""
-    if work.plan.second == work.kind:
-        raise PatchclampError(f"the second fallback is to be another than the first, and both are {work.kind!r}")
-    second = work.plan.second or ("mean" if work.kind.partition(":")[0] != "mean" else "zero")
-    work.found["second_fallback"] = second
-    work.found["second"] = work.exact("second", work.split.confirm, work.parts.fallback(second, fit=work.split.fit))
 
 
 def _shift(work: Work) -> None:
@@ -296,6 +212,7 @@ def _finish(work: Work) -> Study:
         circuit=found.get("circuit"),
         wanted=work.plan.faithfulness,
         trusted=trusted,
+        relations=found.get("relations"),
     )
     top = steps.top_parts(found["exact"], work.parts, 6, heads_only=True) if "exact" in found else []
     record = Record(
@@ -317,6 +234,7 @@ def _finish(work: Work) -> Study:
         patterns=run.step("patterns-all" if top else "patterns-none", steps.patterns, model, confirm, top),
         claims=claims(summary),
         warnings=tuple([*work.warnings, *(() if roles is None else roles.warnings)]),
+        relations=found.get("relations"),
     )
     run.save(record)
     return Study(record, run.folder)

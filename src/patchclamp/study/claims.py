@@ -9,8 +9,11 @@ import polars as pl
 from patchclamp.circuit import Circuit
 from patchclamp.scores import Agreement, Scores
 from patchclamp.scores.statistics import Interval
-from patchclamp.store.record import Baseline, Claim, Null, Verdict
+from patchclamp.store.record import Baseline, Claim, Null, Relations, Verdict
 from patchclamp.trust import Trusted
+
+WORTH_TELLING = 0.01
+"""Of what closing everything takes: no sentence is made of a part that takes less, however sure it is."""
 
 
 def shown(interval: Interval, digits: int = 2) -> str:
@@ -40,6 +43,7 @@ class Found:
     circuit: Circuit | None = None
     wanted: float = 0.0
     trusted: Trusted | None = None
+    relations: Relations | None = None
 
     @property
     def scope(self) -> str:
@@ -59,6 +63,8 @@ def claims(found: Found) -> tuple[Claim, ...]:
         made += _agreements(found, found.agreement)
     if found.roles is not None:
         made += _roles(found)
+    if found.relations is not None:
+        made += _relations(found, found.relations)
     return tuple(made)
 
 
@@ -90,7 +96,8 @@ def _parts(found: Found, exact: Scores) -> list[Claim]:
     if reason := exact.too_few:
         made.append(Claim("Some part has an effect of its own", found.scope, reason, "more prompts", "not tested"))
         return made
-    ranked = exact.table.sort(pl.col("score").abs(), descending=True).head(5)
+    material = WORTH_TELLING * abs(found.baseline.open.mean - found.baseline.closed.mean)
+    ranked = exact.table.filter(pl.col("score").abs() >= material).sort(pl.col("score").abs(), descending=True).head(5)
     for row in ranked.iter_rows(named=True):
         word = "facilitates" if row["score"] > 0 else "interferes with"
         other = _row(found.second, row["site"])
@@ -216,6 +223,50 @@ def _roles(found: Found) -> list[Claim]:
                 _verdict(share <= 0.05),
             )
         )
+    return made
+
+
+TOLD = {
+    "redundancy": "{a} and {b} stand in for each other: either alone is enough",
+    "backup": "{b} is a backup of {a}: it works once {a} is closed",
+    "suppression": "{b} works against what {a} writes, and is idle without it",
+    "AND": "{a} and {b} need each other",
+    "OR": "{a} and {b} stand in for each other in part",
+}
+
+
+def _relations(found: Found, relations: Relations) -> list[Claim]:
+    """Pairs with a relation of a name, and the largest interaction of each sign; then whether hubs matter more than others."""
+    about, pairs = relations.about, relations.pairs.filter(pl.col("word").is_in(["AND", "OR"]))
+    size = pl.col("interaction").abs()
+    chosen = [*pairs.filter(pl.col("relation") != "").sort(size, descending=True).head(5).iter_rows(named=True)]
+    for word in ("AND", "OR"):
+        chosen += (
+            pairs.filter((pl.col("word") == word) & (pl.col("relation") == "")).sort(size, descending=True).head(1).to_dicts()
+        )
+    made = [
+        Claim(
+            TOLD[row["relation"] or row["word"]].format(**row),
+            found.scope,
+            f"interaction {_effect({**row, 'score': row['interaction']})} under {about['fallback']}, "
+            f"{_effect({'score': row['other'], 'low': row['other_low'], 'high': row['other_high']})} under {about['second']} "
+            f"(of {relations.pairs.height} pairs)",
+            f"close {row['a']}, {row['b']} and both on new prompts and see the effect of both equal the sum of the two",
+            "supported",
+        )
+        for row in chosen
+    ]  # fmt: skip
+    hubs = about["hubs"]
+    made.append(
+        Claim(
+            f"The hubs {', '.join(hubs['parts'])} matter more together than random parts",
+            found.scope,
+            f"closing them takes {hubs['effect']:.2f} on prompts that did not choose them, random sets of the same size {hubs['random_mean']:.2f} "
+            f"(p = {hubs['p']:.3f})",
+            "random sets that take as much",
+            _verdict(hubs["p"] <= 0.05),
+        )
+    )
     return made
 
 

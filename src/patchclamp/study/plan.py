@@ -14,6 +14,8 @@ from patchclamp.parts.gated import Routing
 
 STEPS = ("gate", "attribute", "verify", "discover", "trust")
 """What a map does, in order; each can be asked for alone."""
+EXTRA = ("relate",)
+"""What is done where it is asked for."""
 FEWEST = 16  # prompts: four to confirm on
 Budget = Literal["default", "code", "paper"]
 
@@ -39,6 +41,7 @@ class Plan:
         min_accuracy: of the model on the task; below it there is nothing to map.
         nulls: whether gates are also fitted to shuffled answers and re-initialised weights.
         force: fit gates even where answers hardly vary.
+        pairs_of: how many parts, those of largest exact effect, have all their pairs closed together.
     """
 
     n: int | None = None
@@ -57,6 +60,7 @@ class Plan:
     min_accuracy: float = 0.75
     nulls: bool = True
     force: bool = False
+    pairs_of: int = 60
 
     def __post_init__(self) -> None:
         for name, low, high in (("faithfulness", 0, 1), ("min_accuracy", 0, 1)):
@@ -81,6 +85,8 @@ class Plan:
                 raise PatchclampError(f"there is no {name} {kind!r}: choose from {', '.join(FALLBACKS)}")
         if self.second is not None and self.second == self.fallback:
             raise PatchclampError(f"the second fallback is to be another than the first, and both are {self.second!r}")
+        if self.pairs_of < 2:
+            raise PatchclampError(f"pairs of {self.pairs_of} parts were asked for: choose 2 or more")
         if self.random_circuits < 1:
             raise PatchclampError(f"{self.random_circuits} random circuits were asked for: choose at least 1")
 

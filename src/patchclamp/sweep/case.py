@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchclamp.errors import SweepError
 from patchclamp.store.codec import plain
-from patchclamp.study.plan import STEPS, Plan
+from patchclamp.study.plan import EXTRA, STEPS, Plan
 
 if TYPE_CHECKING:
     from patchclamp.models.model import Model
@@ -49,8 +49,8 @@ class Case:
         for what, given, known in (("loading", self.loading, LOADING), ("asked", self.asked, ASKED)):
             if unknown := sorted(set(given) - set(known)):
                 raise SweepError(f"there is no {what} option {unknown[0]!r}: there are {', '.join(known)}")
-        if not self.steps or (unknown := sorted(set(self.steps) - set(STEPS))):
-            raise SweepError(f"the steps {list(self.steps)} were asked for: choose from {', '.join(STEPS)}")
+        if not self.steps or (unknown := sorted(set(self.steps) - {*STEPS, *EXTRA})):
+            raise SweepError(f"the steps {list(self.steps)} were asked for: choose from {', '.join((*STEPS, *EXTRA))}")
 
     @property
     def weights(self) -> str:

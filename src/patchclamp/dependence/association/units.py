@@ -26,8 +26,8 @@ class Units:
         alike: sets of units that may change places.
     """
 
-    rows: tuple[Int[np.ndarray, " member"], ...]
-    alike: tuple[Int[np.ndarray, " unit"], ...]
+    rows: tuple[Int[np.ndarray, " _"], ...]
+    alike: tuple[Int[np.ndarray, " _"], ...]
 
     @property
     def size(self) -> int:

@@ -18,7 +18,7 @@ from patchclamp.study.cost import gates, pieces
 from patchclamp.study.cost.job import Job, Line
 from patchclamp.study.cost.pace import Pace, calibrated
 from patchclamp.study.cost.work import Amount
-from patchclamp.study.plan import STEPS, Plan
+from patchclamp.study.plan import EXTRA, STEPS, Plan
 from patchclamp.study.provenance import identity
 from patchclamp.tasks import Task, load_task
 
@@ -130,10 +130,10 @@ def job_of(model: Model, task: Task, plan: Plan, memory: int | str | None = None
 
 def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Line]:
     """Every piece of a map that does the steps `do`, in order. Those in `kept` are finished: they cost nothing."""
-    if unknown := set(do) - set(STEPS):
-        raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join(STEPS)}")
+    if unknown := set(do) - {*STEPS, *EXTRA}:
+        raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join((*STEPS, *EXTRA))}")
     found = [*pieces.learned(job, job.kind, "the fallback"), pieces.baseline(job)]
-    if {"attribute", "verify", "gate"} & set(do):
+    if {"attribute", "verify", "gate", "relate"} & set(do):
         found.append(pieces.exact(job, "exact", job.split.confirm, job.kind))
     if "verify" in do:
         found += pieces.learned(job, job.second, "the second fallback")
@@ -147,5 +147,6 @@ def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Lin
     found += gates.roles(job) if "gate" in do else []
     found += [pieces.discover(job)] if {"discover", "trust"} & set(do) else []
     found += [pieces.trust(job)] if "trust" in do else []
+    found += pieces.relate(job) if "relate" in do else []
     found += [pieces.prompts(job), *([pieces.patterns(job)] if any(line.step == "exact" for line in found) else [])]
     return [replace(line, kept=True, expected=Amount(), most=Amount()) if line.step in kept else line for line in found]

@@ -3,6 +3,8 @@
 What depends on what will be found is given as expected and at most.
 """
 
+from itertools import combinations
+
 from patchclamp.discover import sizes_of
 from patchclamp.errors import TaskError
 from patchclamp.methods.integrated import STEPS as MIDPOINTS
@@ -117,6 +119,27 @@ def trust(job: Job) -> Line:
     expected, settings = amount(max(1, round(CIRCUIT * count)))
     most = max((amount(max(1, round(eighth * count / 8)))[0] for eighth in range(9)), key=lambda one: one.forward)
     return line(job, "trust", "circuit against random ones", shapes, settings, expected, most)
+
+
+def relate(job: Job) -> list[Line]:
+    """Each part and each pair closed, three times; every part twice again for self-repair; outputs; hubs against random sets."""
+    engine, confirm, select = job.engine, job.shapes(job.split.confirm), job.shapes(job.split.select)
+    count = min(job.plan.pairs_of, len(engine.layers))
+    parts = [round(number * (len(engine.layers) - 1) / max(1, count - 1)) for number in range(count)]  # as if spread evenly
+    closed = [[part] for part in parts] + [[*pair] for pair in combinations(parts, 2)]
+    settings = [engine.closing(some) for some in closed]
+    amount = total(engine.measure(shape, settings, opened=True) for shape in confirm)
+    found = [
+        line(job, step, "pairs of parts", confirm, len(settings) + 1, amount) for step in ("pairs", "pairs-second", "pairs-held")
+    ]
+    alone = total(engine.measure(shape, settings[:count], opened=True) * 2 for shape in confirm)
+    found += [line(job, step, "self-repair", confirm, 2 * count, alone) for step in ("self-repair", "self-repair-second")]
+    found.append(line(job, "outputs", "what parts put out", confirm, 0, total(engine.recording(shape) for shape in confirm)))
+    drawn = [engine.closing(engine.order(1 + draw)[:3]) for draw in range(200)]
+    return [
+        *found,
+        line(job, "hubs", "hubs", select, len(drawn) + 2, total(engine.measure(shape, drawn, opened=True) for shape in select)),
+    ]
 
 
 def prompts(job: Job) -> Line:

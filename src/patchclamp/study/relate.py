@@ -1,0 +1,147 @@
+"""Relate: how parts depend on each other, causally and statistically, as a step of a study."""
+
+from itertools import combinations
+
+import numpy as np
+import polars as pl
+
+from patchclamp.dependence import (
+    Closings,
+    Dependence,
+    SelfRepair,
+    changed_roles,
+    close_pairs,
+    conditional_roles,
+    interaction_table,
+    relations,
+    self_repair,
+)
+from patchclamp.dependence.association import Association, associate, recorded
+from patchclamp.dependence.network.communities import Communities, communities
+from patchclamp.dependence.network.graph import connectome
+from patchclamp.dependence.network.hubs import Lesion, hub_table, lesion
+from patchclamp.errors import GateError, MetricError
+from patchclamp.parts import Fallback
+from patchclamp.scores import Scores
+from patchclamp.store.record import Relations
+from patchclamp.study.work import Work, second_of
+
+KEPT = 400
+"""Rows of conditional roles and of self-repair that a record keeps: the largest."""
+NULLS, HUBS = 100, 3
+"""Graphs with the same degrees that modularity is compared with; hubs that are closed together."""
+SMALL = 0.02
+"""Of the largest effect: a role that changes by less is not told."""
+
+
+def relate(work: Work) -> Relations:
+    """Close pairs of parts, under two fallbacks and with the final norm's scale held; compare with how outputs go together.
+
+    Cost: three times a forward pass over the confirm set per pair of `plan.pairs_of` parts (each from its later part on), two per
+    part and fallback for self-repair, one for what parts put out, and 1 + 200 for hubs against random sets.
+    """
+    exact: Scores = work.found["exact"]
+    names, seed = _chosen(exact, work.plan.pairs_of), work.plan.seed
+    kind, rule = second_of(work)
+    first = _closed(work, "pairs", work.fallback, names)
+    second = _closed(work, "pairs-second", rule, names)
+    try:
+        held = _closed(work, "pairs-held", work.fallback, names, frozen_norm=True)
+    except GateError as error:
+        held = None
+        work.warnings.append(f"Interactions were not measured with the final norm's scale held: {error}")
+    repairs = _repairs(work, names, rule)
+    interaction = interaction_table(first, seed=seed)
+    outputs = work.run.step("outputs", recorded, work.parts, work.split.confirm)
+    together = work.run.step("association", associate, outputs.only(names), causal=interaction, seed=seed)
+    graph = connectome(_only(interaction, names))
+    parted = work.run.step("communities", communities, graph, nulls=NULLS, seed=seed)
+    hubs = hub_table(graph, parted.label)
+    closed = work.run.step("hubs", _lesion, work, hubs["part"].head(HUBS).to_list(), seed)
+    about = {
+        **first.about, "second": kind, "of": len(work.parts.counted), "communities": len([one for one in parted.sets if len(one) > 1]),
+        "modularity": parted.modularity, "modularity_null": parted.null_mean, "modularity_p": parted.p, "stability": parted.stability,
+        "hubs": closed.to_record(),
+    }  # fmt: skip
+    named = relations(first, second, repair=[one.table for one in repairs], seed=seed)
+    return Relations(
+        pairs=_pairs(named, held, together),
+        parts=_parts(exact, parted, hubs),
+        changed=_changed(first, seed),
+        repair=None if not repairs else _largest(repairs[0].table),
+        about=about,
+    )
+
+
+def _lesion(work: Work, hubs: list[str], seed: int) -> Lesion:
+    """Hubs closed together, on prompts that did not choose them, against random sets with as many heads and MLPs."""
+    kinds = {site.kind for site in work.parts.labels if str(site) in hubs}
+    room = all(
+        sum(site.kind == kind for site in work.parts.labels) > sum(hub.endswith("mlp") == (kind == "mlp") for hub in hubs)
+        for kind in kinds
+    )
+    return lesion(
+        work.parts, work.split.select, work.fallback, hubs, draws=200, match="kind" if room else "any", metric=work.metric, seed=seed
+    )  # fmt: skip
+
+
+def _pairs(named: Dependence, held: Closings | None, together: Association) -> pl.DataFrame:
+    """A row per pair, causal and statistical."""
+    rows = named.table.rename({"score": "interaction"})
+    if held is not None:
+        norm = interaction_table(held).table.select("a", "b", pl.col("score").alias("frozen"))
+        rows = rows.join(norm, on=["a", "b"], how="left", maintain_order="left")
+    outputs = together.table.select("a", "b", pl.col("score").alias("association"), pl.col("q").alias("association_q"))
+    return rows.join(outputs, on=["a", "b"], how="left", maintain_order="left")
+
+
+def _parts(exact: Scores, parted: Communities, hubs: pl.DataFrame) -> pl.DataFrame:
+    """A row per part, in the order of the matrix: communities together, strongest first within each."""
+    labels = pl.DataFrame({"site": parted.parts, "community": parted.label})
+    measured = hubs.select(pl.col("part").alias("site"), "strength", "participation", "betweenness")
+    rows = exact.table.select("site", "layer", pl.col("score").alias("effect")).join(labels, on="site", maintain_order="left")
+    rows = rows.join(measured, on="site", how="left", maintain_order="left")
+    return rows.sort(["community", "strength"], descending=[False, True], maintain_order=True).with_row_index("order")
+
+
+def _changed(first: Closings, seed: int) -> pl.DataFrame:
+    """Conditional roles that differ by more than a little, largest first."""
+    used = sorted({*first.first, *first.second})
+    size = float(np.abs(first.effects[used].mean(1)).max())
+    return changed_roles(conditional_roles(first, seed=seed), SMALL * size).drop("p", "low", "high").head(KEPT)
+
+
+def _largest(repair: Dependence) -> pl.DataFrame:
+    """Clear compensation, largest first."""
+    clear = repair.table.filter((pl.col("q") <= 0.05) & (pl.col("score") > 0))
+    return clear.sort("score", descending=True).head(KEPT)
+
+
+def _only(table: Dependence, names: list[str]) -> Dependence:
+    """The same pairs, of a table that knows of these parts alone."""
+    return Dependence(table.table, tuple(names), table.about)
+
+
+def _chosen(exact: Scores, most: int) -> list[str]:
+    """The parts of largest exact effect, in forward order."""
+    top = set(exact.top(most)["site"])
+    return [name for name in exact.table["site"] if name in top]
+
+
+def _closed(work: Work, step: str, rule: Fallback, names: list[str], frozen_norm: bool = False) -> Closings:
+    return work.run.step(
+        step, close_pairs, work.parts, work.split.confirm, rule, metric=work.metric, pairs=list(combinations(names, 2)),
+        frozen_norm=frozen_norm, progress=work.progress("pairs of parts"),
+    )  # fmt: skip
+
+
+def _repairs(work: Work, names: list[str], rule: Fallback) -> list[SelfRepair]:
+    """Self-repair under both fallbacks; none where answers do not allow direct effects, said in a warning."""
+    try:
+        return [
+            work.run.step(step, self_repair, work.parts, work.split.confirm, one, closed=names, seed=work.plan.seed)
+            for step, one in (("self-repair", work.fallback), ("self-repair-second", rule))
+        ]
+    except (MetricError, GateError) as error:
+        work.warnings.append(f"Self-repair was not measured: {error}")
+        return []
