@@ -1,4 +1,4 @@
-"""Commands that say how parts go together: repair."""
+"""Commands that set side by side: repair (failing and succeeding prompts), compare (maps)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from patchclamp.cli.common import (
     Trust,
 )
 from patchclamp.cli.patching import Memory, Metric, Out, Seed, TaskName
+from patchclamp.errors import PatchclampError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -35,6 +36,7 @@ N = Annotated[int | None, typer.Option("--n", help="Prompts in all; a quarter is
 def add(app: typer.Typer) -> None:
     """Put the commands on the app."""
     app.command("repair")(repair)
+    app.command("compare")(compare)
 
 
 def repair(
@@ -118,3 +120,47 @@ def _show(done: "Repaired", subject: str, out: Path | None) -> None:
         common.out.print(Text("None clearly (q < .05); the largest are shown.", style="yellow"))
     if out is not None:
         common.out.print(Text(str(out)))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of two or more finished runs, of the same parts.")],
+    out: Out = None, seed: Seed = 0, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Put maps side by side (tasks, models of one shape, seeds, checkpoints): circuits, effects, roles; and chance."""
+    from patchclamp.compare import compare as side_by_side
+    from patchclamp.store import load_record
+
+    common.check_table(out)
+    for run in runs:
+        if common.run_folder(str(run)) is None:
+            raise PatchclampError(f"{run} is not the folder of a run: runs are made by `patchclamp map MODEL TASK` and its like")
+    records = {_name(run, runs): load_record(run) for run in runs}
+    found = side_by_side(records, seed=seed)
+    if out is not None:
+        common.write_table(found.parts.write_parquet if out.suffix == ".parquet" else found.parts.write_csv, out)
+    if as_json:
+        common.print_json({**found.to_record(), "pairs": found.pairs.to_dicts(), "parts": found.parts.to_dicts()})
+        return
+    rows: list[dict[str, Any]] = []
+    for row in found.pairs.iter_rows(named=True):
+        shown: dict[str, Any] = {"one": row["one"], "two": row["two"]}
+        if row["shared"] is not None:
+            sizes = f"{row['shared']} of {row['size_one']} and {row['size_two']}"
+            shown |= {"shared": sizes, "by chance": f"{row['expected']:.1f} (p {row['p']:.3f})",
+                      "layers matched": f"{row['matched_expected']:.1f} (p {row['matched_p']:.3f})"}  # fmt: skip
+        shown |= {"effects": row["spearman"], "same sign": row["sign"], "roles": row["kappa"]}
+        rows.append({name: value for name, value in shown.items() if value is not None})
+    common.print_rows([{name: row.get(name) for name in dict.fromkeys(key for one in rows for key in one)} for row in rows])
+    for name, sites in (("In every circuit", found.everywhere), ("In none", found.nowhere)):
+        if sites:
+            common.out.print(Text(f"{name} ({len(sites)}): {' '.join(sites)}"))
+    common.out.print(
+        Text("shared: parts in both circuits; effects: Spearman of exact effects; roles: Cohen's kappa", style="dim")
+    )
+    if out is not None:
+        common.out.print(Text(str(out)))
+
+
+def _name(run: Path, runs: list[Path]) -> str:
+    """The folder's own name, or its whole path where two are called alike."""
+    return run.name if sum(other.name == run.name for other in runs) == 1 else str(run)
