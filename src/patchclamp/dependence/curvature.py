@@ -173,7 +173,8 @@ class Fit:
 
 
 def agreement(estimate: Dependence, exact: Dependence) -> Fit:
-    """How far an estimate agrees with exact interactions; clear are those with an interval that leaves zero out and q <= .05.
+    """How far an estimate agrees with exact interactions; clear are those with an interval that leaves zero out, q <= .05,
+    and more than rounding.
 
     Raises:
         PatchclampError: one of the two is directed.
@@ -187,6 +188,7 @@ def agreement(estimate: Dependence, exact: Dependence) -> Fit:
     clear = (
         both.filter(((pl.col("low") > 0) | (pl.col("high") < 0)) & (pl.col("q") <= 0.05)) if "q" in both.columns else both.clear()
     )
+    clear = clear.filter(~pl.col("below_noise")) if "below_noise" in clear.columns else clear
     true, guess = both["score"].to_numpy(), both["estimate"].to_numpy()
     ranked = both.height > 2 and np.ptp(true) > 0 and np.ptp(guess) > 0
     same = clear.select((pl.col("score").sign() == pl.col("estimate").sign()).mean()).item() if clear.height else None
