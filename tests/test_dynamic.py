@@ -16,6 +16,7 @@ from patchclamp.models.inputs import prompts_of
 from patchclamp.models.model import Model
 from patchclamp.parts import nodes
 from patchclamp.parts.gated import gated
+from patchclamp.parts.tied import tied
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples
 from test_parts import examples
@@ -83,6 +84,18 @@ def test_live_gates_are_measured_gates(name: str) -> None:
         model.run(batch, controller.edits(parts, fallback, batch))[batch.mask], expected[batch.mask], **TIGHT
     )
     assert not torch.allclose(expected[batch.mask], model.run(batch)[batch.mask], atol=1e-3)
+
+
+def test_whole_layers_are_driven_live_beside_their_heads() -> None:
+    """Tied parts: a block's gate and that of one of its heads multiply, live as measured."""
+    model, given = model_of(), some()
+    batch, parts = given.batch(), tied(model, ["L1.block", "L1.h*"])
+    controller = random_controller(parts, look(model, given, "L1.resid.pre", "token"))
+    zero = parts.fallback("zero")
+    expected = model.run(batch, parts.edits(controller.gates(parts, batch), zero, batch))
+    found = model.run(batch, controller.edits(parts, zero, batch))
+    torch.testing.assert_close(found[batch.mask], expected[batch.mask], **TIGHT)
+    assert controller.live(parts) and not torch.allclose(found[batch.mask], model.run(batch)[batch.mask], atol=1e-3)
 
 
 @pytest.mark.parametrize("scope", ["example", "token"])
@@ -173,7 +186,7 @@ def test_the_fitted_slope_is_that_of_the_objective(scope: str) -> None:
     with torch.no_grad():
         rows.up.normal_(generator=torch.Generator().manual_seed(1))
         rows.behind.normal_(generator=torch.Generator().manual_seed(2))
-    redraw = redrawn((len(batch), len(parts.labels)), 3, torch.Generator().manual_seed(0))[2].double()
+    redraw = redrawn((len(batch), len(parts.labels)), 4, torch.Generator().manual_seed(0))[2].double()
     learned = [rows.bias, rows.behind, rows.up, rows.down]
     seen = sight.features(model, batch)
 
@@ -213,9 +226,10 @@ def test_the_fitted_slope_is_that_of_the_objective(scope: str) -> None:
 def test_redraws_go_from_closed_towards_open_only() -> None:
     draws = redrawn((5, 7), 40, torch.Generator().manual_seed(0))
     assert len(draws) == 41 and not draws[0].any()
-    together = torch.cat([one.expand(1, 5, 1, 7) for one in draws[1:]])
+    assert bool((draws[-1] == 1).all()) and len(redrawn((5, 7), 0, torch.Generator())) == 1
+    together = torch.cat([one.expand(1, 5, 1, 7) for one in draws[1:-1]])
     assert float(together.min()) == 0 and 0.9 < float(together.max()) <= 1
-    assert any((one == one[:, :1]).all() for one in draws[1:]) and any(one.shape[1] == 5 for one in draws[1:])
+    assert any((one == one[:, :1]).all() for one in draws[1:-1]) and any(one.shape[1] == 5 for one in draws[1:])
     gates = torch.rand(5, 1, 7)
     moved = gates + (1 - gates) * together
     assert bool((moved >= gates).all()) and bool((moved <= 1).all())

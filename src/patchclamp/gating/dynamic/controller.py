@@ -10,9 +10,11 @@ from patchclamp.errors import GateError
 from patchclamp.gating.dynamic.sight import Sight, generated, right_rows
 from patchclamp.models.editing import Edits, Seen
 from patchclamp.models.model import Model
+from patchclamp.parts import Parts
 from patchclamp.parts.compiling import mix
 from patchclamp.parts.fallbacks import Fallback
 from patchclamp.parts.gated import Gated
+from patchclamp.parts.tied import Tied
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
@@ -65,7 +67,7 @@ class Controller:
             seen = seen.expand(-1, behind.shape[1], -1)
         return self.drive(seen, behind)
 
-    def gates(self, parts: Gated, batch: Batch) -> Float[Tensor, "1 example #position every"]:
+    def gates(self, parts: Parts, batch: Batch) -> Float[Tensor, "1 example #position every"]:
         """Gates of all parts, for `parts.measure` and `parts.gradient`: one setting, other parts open.
 
         Raises:
@@ -73,24 +75,26 @@ class Controller:
         """
         driven = self.driven(parts.model, batch)
         gates = torch.ones(1, *driven.shape[:2], len(parts.labels), device=driven.device)
-        gates[..., self._places(parts)] = driven[None].to(gates)
+        gates[..., self.places(parts)] = driven[None].to(gates)
         return gates
 
-    def _places(self, parts: Gated) -> list[int]:
-        if missing := [site for site in self.labels if site not in parts.index]:
+    def places(self, parts: Parts | Tied) -> list[int]:
+        """Where its gates are among those of `parts`; raises `GateError` where one is not."""
+        index = {site: number for number, site in enumerate(parts.labels)}
+        if missing := [site for site in self.labels if site not in index]:
             raise GateError(f"the controller drives {missing[0]}, which is not among the {len(parts.labels)} parts")
-        return [parts.index[site] for site in self.labels]
+        return [index[site] for site in self.labels]
 
-    def live(self, parts: Gated) -> bool:
+    def live(self, parts: Gated | Tied) -> bool:
         """Whether its gates can be computed in the gated pass itself: what it reads comes before every gate it drives.
 
         Then the stream there is what it is in the plain pass, for nothing before it was gated. A later site would see what its
         own gates do: such a controller reads the plain pass, also where it gates per token.
         """
         site = self.sight.site
-        return site is None or all(site.key < place.key for place in parts.places)
+        return site is None or all(site.key < place.key for place in sites_behind(parts).places)
 
-    def edits(self, parts: Gated, fallback: Fallback, prompts: Batch | None = None) -> Edits:
+    def edits(self, parts: Gated | Tied, fallback: Fallback, prompts: Batch | None = None) -> Edits:
         """The controller at work, as edits for `model.run`, `model.generate` and training.
 
         Scope static and phase need no prompts. Scope token reads the running pass where `live`, on new tokens too; else it
@@ -118,15 +122,17 @@ class Controller:
                 )
             held = self.driven(parts.model, prompts)[prompts.to(parts.model.device).example]
         values = fallback.at(prompts)
-        by_place: dict[Site, list[int]] = {}
-        for number, site in enumerate(self.labels):
-            by_place.setdefault(next(place for place in parts.places if parts.index[site] in parts.by_place[place]), []).append(
-                number
-            )
-        return {
-            place: Driven(self, parts, place, tuple(numbers), fallback, values[place], held)
-            for place, numbers in sorted(by_place.items())
-        }
+        inner = sites_behind(parts)
+        held_sites = {site for label in self.labels for site in (parts.holds[label] if isinstance(parts, Tied) else (label,))}
+        touched = [
+            place for place, numbers in inner.by_place.items() if held_sites & {inner.labels[number] for number in numbers}
+        ]
+        return {place: Driven(self, parts, place, fallback, values[place], held) for place in sorted(touched)}
+
+
+def sites_behind(parts: Gated | Tied) -> Gated:
+    """The sites that gates act on: of tied parts, those that they hold."""
+    return parts.inner if isinstance(parts, Tied) else parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +140,8 @@ class Driven:
     """An edit at one place: the gates of its parts, from what the controller sees or `held` from the plain pass."""
 
     controller: Controller
-    parts: Gated
+    parts: Gated | Tied
     place: Site
-    numbers: tuple[int, ...]
     rule: Fallback
     fallback: Tensor
     held: Float[Tensor, "row #position part"] | None
@@ -148,11 +153,15 @@ class Driven:
         return () if site is None or self.held is not None else (site,)
 
     def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
-        gates = self._gates(seen)[..., list(self.numbers)]
-        sites = [self.controller.labels[number] for number in self.numbers]
+        inner, gates = sites_behind(self.parts), self._gates(seen)
+        every = torch.ones(*gates.shape[:2], len(self.parts.labels), device=gates.device, dtype=gates.dtype)
+        every = every.index_copy(2, torch.tensor(self.controller.places(self.parts), device=gates.device), gates)[None]
+        numbers = inner.by_place[self.place]
+        mine = (self.parts.spread(every) if isinstance(self.parts, Tied) else every)[..., numbers]
+        sites = [inner.labels[number] for number in numbers]
         new = seen.phase == "generation"  # what the rule says of the prompts it does not say of new tokens
         fallback = self.rule.at(None)[self.place] if new else self.fallback
-        edit = mix(self.place, sites, gates[None], fallback, None, slice(None), self.parts.model.anatomy.sizes)
+        edit = mix(self.place, sites, mine, fallback, None, slice(None), self.parts.model.anatomy.sizes)
         return replace(edit, settings=seen.settings)(value, seen)
 
     def _gates(self, seen: Seen) -> Float[Tensor, "row #position part"]:

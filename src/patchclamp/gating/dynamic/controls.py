@@ -17,8 +17,7 @@ from patchclamp.gating.dynamic.sight import Sight, last_column, look, right_rows
 from patchclamp.gating.nulls import on_reinitialised
 from patchclamp.methods import groups_of
 from patchclamp.metrics import METRICS
-from patchclamp.parts import Fallback
-from patchclamp.parts.gated import Gated
+from patchclamp.parts import Fallback, Parts
 from patchclamp.scores.statistics import mean_interval
 from patchclamp.tasks import Examples
 
@@ -61,7 +60,7 @@ def _by_words(seed: int, examples: Examples) -> Float[np.ndarray, " example"]:
     return np.array([np.mean([weight[token] for token in item.clean]) for item in examples])
 
 
-def seen_direction(parts: Gated, sight: Sight, seed: int = 0) -> Score:
+def seen_direction(parts: Parts, sight: Sight, seed: int = 0) -> Score:
     """Scores for `arbitrary`: a random direction of what a controller sees at the prompt's last token.
 
     No labelling is easier for it to read, so none is a harder test of the safeguards.
@@ -89,22 +88,27 @@ class LabelControl:
 
     Args:
         table: a row per fit that moves: guarded, strength, seed, open, before (share of unseen prompts whose arbitrary label the
-            model itself gives), after (with the gates), lift = after - before with low, high over groups, worst_after (under
-            the worst of 6 redraws of closed gates) and n.
-        margin: lift that is still called none.
+            model itself gives), after (with the gates), lift = after - before with low, high over groups; kept (share of prompts whose
+            label comes out with the gates and under each of 8 random redraws of the closed ones), kept_lift = kept - before with
+            kept_low, kept_high; n.
+        margin: kept lift that is still called none.
     """
 
     table: pl.DataFrame
     margin: float
 
-    def rejected(self, guarded: bool = True) -> bool:
-        """Whether no fit lifts the labels by more than `margin`, on average over seeds and at any price, where redraws are on."""
-        rows = self.table.filter(pl.col("guarded") == guarded).group_by("strength").agg(pl.col("lift", "worst_lift").mean())
-        return bool((rows["worst_lift" if guarded else "lift"] <= self.margin).all())
+    @property
+    def rejected(self) -> bool:
+        """Whether what guarded fits lift is gone where closed gates are redrawn: kept lift, mean over seeds, at any price.
+
+        What they lift with closed gates as they are is `lift`: a controller of whatever kind can shut what speaks for an answer.
+        """
+        rows = self.table.filter("guarded").group_by("strength").agg(pl.col("kept_lift").mean())
+        return bool((rows["kept_lift"] <= self.margin).all())
 
 
 def label_control(
-    parts: Gated,
+    parts: Parts,
     fit: Examples,
     held: Examples,
     fallback: Fallback,
@@ -119,7 +123,7 @@ def label_control(
     Guarded: the model's own distribution with the two answers exchanged where the label says so, closed gates redrawn. And, to
     show what the safeguards are for, unguarded: the labels' NLL, with closed gates left closed.
 
-    Cost: that of one or two fits, and 8 forward passes over `held` per fit and row.
+    Cost: that of one or two fits, and 20 forward passes over `held` per fit and row.
 
     Raises:
         TaskError: examples without wrong answers.
@@ -139,18 +143,19 @@ def label_control(
         judged = judge_dynamic(parts, found, unseen, fallback, seed=settings.seed)
         for number in found.pick(True):
             told = judged.table.row(number, named=True)
-            interval = mean_interval(judged.right[number] - said, groups, seed=settings.seed)
+            lift = mean_interval(judged.right[number] - said, groups, seed=settings.seed)
+            kept = mean_interval(judged.always[number] - said, groups, seed=settings.seed)
             rows.append(
                 {"guarded": guarded, "strength": told["strength"], "seed": told["seed"], "open": told["open"],
-                 "before": float(said.mean()), "after": told["right"], "lift": interval.mean, "low": interval.low,
-                 "high": interval.high, "worst_after": told["worst_right"],
-                 "worst_lift": told["worst_right"] - float(said.mean()), "n": len(unseen)}
+                 "before": float(said.mean()), "after": told["right"], "lift": lift.mean, "low": lift.low, "high": lift.high,
+                 "kept": told["always_right"], "kept_lift": kept.mean, "kept_low": kept.low, "kept_high": kept.high,
+                 "n": len(unseen)}
             )  # fmt: skip
     return LabelControl(pl.DataFrame(rows, infer_schema_length=None), margin)
 
 
 def untrained_control(
-    parts: Gated,
+    parts: Parts,
     fit: Examples,
     held: Examples,
     fallback: Fallback,
@@ -163,7 +168,6 @@ def untrained_control(
     What moving gates explain over static ones there, they explain of any function of the input.
     """
     twin, rule = on_reinitialised(parts, fit, fallback, settings.seed)
-    assert isinstance(twin, Gated)
     found = fit_dynamic(twin, fit, rule, settings, progress=progress)
     return judge_dynamic(twin, found, held, rule, seed=settings.seed)
 

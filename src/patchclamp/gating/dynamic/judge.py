@@ -15,13 +15,12 @@ from patchclamp.gating.dynamic.redraw import redrawn
 from patchclamp.gating.dynamic.sight import right_rows
 from patchclamp.methods import groups_of
 from patchclamp.metrics import METRICS
-from patchclamp.parts import Fallback
-from patchclamp.parts.gated import Gated
+from patchclamp.parts import Fallback, Parts
 from patchclamp.scores.statistics import mean_interval
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 
-REDRAWS = 6  # of closed gates, when a fit is judged
+REDRAWS = 8  # of closed gates, when a fit is judged
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +29,15 @@ class Judged:
 
     Args:
         table: a row per fit: moves, strength (its price, or the number of open gates aimed at), price, seed, open (gates per
-            token), d (KL to the model's own distribution, nats) with d_low, d_high over groups, worst_d (under the worst of 6
-            random redraws of closed gates), right and worst_right (share of prompts whose right answer is above the wrong one, as it
-            is and under the worst redraw; null without wrong answers), explained = 1 - d / D with every gate closed.
+            token), d (KL to the model's own distribution, nats) with d_low, d_high over groups, worst_d (under the worst of 8
+            random redraws of closed gates), right and always_right (share of prompts whose right answer is above the wrong
+            one, with the gates as they are, and with them and under each of the redraws; null without wrong answers),
+            explained = 1 - d / D with every gate closed, and n.
         advantage: a row per strength: open, d of the moving fits; static_d of static gates with as many open (the lower hull of
             all static fits and of all open and all closed: what mixing static gates can reach), difference = static_d - d
             with low, high over groups, and n.
         d: [fit, example]. opened: [fit, example]. closed: [example], D with every gate closed. right: [fit, example], 1 where the
-            right answer is above the wrong one (NaN without wrong answers).
+            right answer is above the wrong one (NaN without wrong answers). always: [fit, example], the same under every redraw too.
     """
 
     table: pl.DataFrame
@@ -46,14 +46,15 @@ class Judged:
     opened: Float[np.ndarray, "fit example"]
     closed: Float[np.ndarray, " example"]
     right: Float[np.ndarray, "fit example"]
+    always: Float[np.ndarray, "fit example"]
 
 
 def judge_dynamic(
-    parts: Gated, found: Dynamic, examples: Examples, fallback: Fallback, *, batch_size: int = 32, seed: int = 0
+    parts: Parts, found: Dynamic, examples: Examples, fallback: Fallback, *, batch_size: int = 32, seed: int = 0
 ) -> Judged:
     """Run every fit on unseen prompts. D is to the model's own distribution, whatever the fit's target was.
 
-    Cost: per fit, 7 forward passes over the examples for D and as many for what is right; two more.
+    Cost: per fit, 9 forward passes over the examples for D and as many for what is right; two more.
     """
     rows = [found.controller(number) for number in range(len(found))]
     pieces: dict[str, list[Tensor]] = {name: [] for name in ("d", "opened", "closed", "right")}
@@ -75,21 +76,22 @@ def judge_dynamic(
     body: list[dict[str, object]] = []
     for number in range(len(found)):
         interval = mean_interval(d[number], groups, seed=seed)
-        share = whole["right"][:, number].mean(-1) if "right" in whole else None
+        as_is, share = (whole["right"][0, number], whole["right"][:, number].min(0)) if "right" in whole else (None, None)
         body.append(
             {"moves": bool(found.moves[number]), "strength": float(found.strength[number]), "price": float(found.price[number]),
              "seed": int(found.seed[number]), "open": float(whole["opened"][number].mean()), "d": interval.mean,
              "d_low": interval.low, "d_high": interval.high, "worst_d": float(whole["d"][:, number].mean(-1).max()),
-             "right": None if share is None else float(share[0]), "worst_right": None if share is None else float(share.min()),
+             "right": None if as_is is None else float(as_is.mean()), "always_right": None if share is None else float(share.mean()),
              "explained": 1 - float(interval.mean / max(whole["closed"].mean(), 1e-12)), "n": len(examples)}
         )  # fmt: skip
     advantage = advantages(found, d, whole["opened"], whole["closed"], groups, seed)
-    right = whole["right"][0] if "right" in whole else np.full_like(d, np.nan)
-    return Judged(pl.DataFrame(body, infer_schema_length=None), advantage, d, whole["opened"], whole["closed"], right)
+    right = whole.get("right", np.full_like(whole["d"], np.nan))
+    table = pl.DataFrame(body, infer_schema_length=None)
+    return Judged(table, advantage, d, whole["opened"], whole["closed"], right[0], right.min(0))
 
 
 def every_gate(
-    parts: Gated, controllers: Sequence[Controller], batch: Batch
+    parts: Parts, controllers: Sequence[Controller], batch: Batch
 ) -> tuple[Float[Tensor, "fit example #position every"], Float[Tensor, "fit example"]]:
     """Gates of several controllers as settings of one measurement; and how many driven gates each holds open, per token."""
     each = [controller.gates(parts, batch).expand(1, len(batch), -1, -1) for controller in controllers]

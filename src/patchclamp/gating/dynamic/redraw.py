@@ -12,7 +12,8 @@ from patchclamp.tasks._batch import Batch
 def redrawn(shape: tuple[int, ...], count: int, draws: torch.Generator) -> list[Float[Tensor, "1 #example 1 every"]]:
     """How far closed gates are moved towards open, r of g + (1 - g) r: 0 (as they are), `count` - 1 random draws, and 1 (open).
 
-    A random draw moves a share of the parts, itself drawn from [0, 1], each by an amount from [0, 1]: by turns the same parts in
+    A random draw moves a share of the parts, itself drawn from [0, 1], each by an amount from
+    [0, 1], half of them all the way: by turns the same parts in
     all examples of the batch, where an adversary has most to choose from, and every example its own parts. At r = 1 the model is
     itself: a claim that gates must be shut for something to come out never survives it, and one that gates must be open always.
 
@@ -27,7 +28,8 @@ def redrawn(shape: tuple[int, ...], count: int, draws: torch.Generator) -> list[
         alike = 1 if number % 2 == 0 else examples
         share = torch.rand(1, alike, 1, 1, generator=draws)
         moved = torch.rand(1, alike, 1, every, generator=draws) < share
-        found.append(moved * torch.rand(1, alike, 1, every, generator=draws))
+        amount = 2 * torch.rand(1, alike, 1, every, generator=draws)
+        found.append(moved * amount.clamp(max=1))
     return found + [torch.ones(1, 1, 1, every)] * (count > 0)
 
 

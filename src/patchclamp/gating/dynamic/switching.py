@@ -14,8 +14,7 @@ from patchclamp.gating.dynamic.fit import Dynamic
 from patchclamp.gating.dynamic.judge import Judged, every_gate
 from patchclamp.methods import groups_of
 from patchclamp.metrics import metric_named
-from patchclamp.parts import Fallback
-from patchclamp.parts.gated import Gated
+from patchclamp.parts import Fallback, Parts
 from patchclamp.scores.statistics import mean_interval
 from patchclamp.tasks import Examples
 
@@ -56,7 +55,7 @@ def best_strength(judged: Judged) -> float:
 
 
 def switching(
-    parts: Gated,
+    parts: Parts,
     found: Dynamic,
     strength: float,
     fit: Examples,
@@ -122,13 +121,13 @@ SCHEMA: dict[str, "type[pl.DataType] | pl.List"] = {
 """Columns of `Switching.table`."""
 
 
-def _opened(parts: Gated, found: Dynamic, fits: list[int], examples: Examples) -> Float[np.ndarray, "fit part input"]:
+def _opened(parts: Parts, found: Dynamic, fits: list[int], examples: Examples) -> Float[np.ndarray, "fit part input"]:
     """Gates of 0 and 1 on every input: prompts, or prompts' tokens in order."""
     rows: list[np.ndarray] = []
     controllers = [found.controller(number) for number in fits]
     for batch in examples.batches(64):
         gates, _ = every_gate(parts, controllers, batch)
-        mine = gates[..., [parts.index[site] for site in found.labels]]
+        mine = gates[..., [parts.labels.index(site) for site in found.labels]]
         if found.sight.scope in ("token", "phase"):
             ends = batch.spans["end"][:, 1:].to(gates.device)
             real = batch.mask.to(gates.device) & (torch.arange(batch.mask.shape[1], device=gates.device) < ends)
@@ -157,11 +156,11 @@ def _told(told: Probed, inputs: Inputs, opened: np.ndarray) -> dict[str, object]
 
 
 def _costs(
-    parts: Gated, found: Dynamic, fits: list[int], number: int, confirm: Examples, fallback: Fallback, metric: str, price: float,
+    parts: Parts, found: Dynamic, fits: list[int], number: int, confirm: Examples, fallback: Fallback, metric: str, price: float,
     seed: int,
 ) -> dict[str, object]:  # fmt: skip
     """What closing one part takes where most fits say it is open, and where they say it is closed, with nothing else closed."""
-    chosen, place = metric_named(metric), parts.index[found.labels[number]]
+    chosen, place = metric_named(metric), parts.labels.index(found.labels[number])
     lost: list[np.ndarray] = []
     touched: list[np.ndarray] = []
     for batch in confirm.batches(64):
