@@ -37,8 +37,8 @@ def limit(parts: Nodes, settings: Sequence[Setting], rows: int, length: int) -> 
     """Multiply-adds that these settings need at least, on so many rows of so many tokens."""
     model, cost = parts.model, block(parts.model, length)
     labels = [parts.labels[number] for number in parts.counted]
-    whole, head, last = sum(cost.values()), model.anatomy.sizes[0].head_width * model.width, model.layers - 1
-    total, seen = 0.0, set[tuple[int, tuple[Setting, ...]]]()
+    head, last = model.anatomy.sizes[0].head_width * model.width, model.layers - 1
+    total, seen, read = 0.0, set[tuple[int, tuple[Setting, ...]]](), set[tuple[int, tuple[Setting, ...]]]()
     for setting in settings:
         stages = [tuple(part for part in setting if labels[part].layer == layer) for layer in range(model.layers)]
         first = next(layer for layer, shut in enumerate(stages) if shut)
@@ -53,12 +53,11 @@ def limit(parts: Nodes, settings: Sequence[Setting], rows: int, length: int) -> 
             if layer == first:  # queries, keys and values are the model's own
                 total += wide * (len(heads) * head + (cost["mlp"] if heads and len(heads) == len(shut) else 0))
                 continue
-            again = (layer, tuple(stages[:layer]), "attention")
-            if again not in seen:  # attention reads what is the same for settings that differ in this block alone
-                seen.add(again)  # type: ignore[arg-type]
+            below = (layer, tuple(stages[:layer]))
+            if below not in read:  # attention reads what is the same for settings that differ in this block alone
+                read.add(below)
                 total += length * cost["kv"] + wide * (cost["q"] + cost["attention"])
             total += wide * (cost["o"] + (0 if len(heads) < len(shut) else cost["mlp"]))
-    assert whole > 0
     return rows * total
 
 

@@ -21,10 +21,11 @@ from patchclamp.dependence import (
     named,
     relations,
 )
-from patchclamp.errors import GateError, PatchclampError
+from patchclamp.errors import GateError, NumericsError, PatchclampError
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
 from patchclamp.parts import Nodes, edges, nodes
+from patchclamp.scores import Scores
 from patchclamp.tasks import Examples
 from patchclamp.zoo import wired, wired_names
 from patchclamp.zoo._wired import Wired
@@ -149,8 +150,22 @@ def test_a_held_norm_leaves_no_interaction_between_parts_that_only_add_up() -> N
     rule = parts.fallback("resample")
     free, frozen = (interactions(parts, some, rule, pairs=pairs, frozen_norm=held) for held in (False, True))
     assert (free.table["score"].abs() > 1e-3).all() and (frozen.table["score"].abs() < 1e-5).all()
-    assert frozen.table["below_noise"].all() or (frozen.table["score"].abs() < 1e-5).all()
     assert (free.about["norm"], frozen.about["norm"]) == ("free", "frozen")
+
+
+def test_intervals_are_those_of_scores() -> None:
+    """What a table of pairs says of its samples is what a table of parts says of the same samples."""
+    found = closings("suppressor", "gpt2", "resample")
+    draw = np.random.default_rng(0).normal(size=(10, 24))
+    pairs = list(found.pairs[:10])
+    table = Dependence.from_samples(found.parts, pairs, draw, {}, found.groups, seed=3).table
+    scores = Scores.from_samples(found.parts, draw, {}, found.groups, seed=3).table
+    for name in ("score", "low", "high", "p", "q"):
+        assert table[name].equals(scores[name]), name
+    with pytest.raises(NumericsError, match="on example 2"):
+        Dependence.from_samples(found.parts, pairs, np.where(np.arange(24) == 2, np.nan, draw), {})
+    alone = Dependence.from_samples(found.parts, pairs, draw[:, :1], {}).table
+    assert alone["q"].null_count() == 10 and alone["low"].null_count() == 10
 
 
 def test_metrics_that_are_less_when_better_are_turned() -> None:
