@@ -13,7 +13,7 @@ from cases import tiny
 from patchclamp.errors import GateError, TaskError
 from patchclamp.gating import GatingSettings, Stage, fit, gating_settings
 from patchclamp.gating.examples import balanced
-from patchclamp.gating.fit import random_logits
+from patchclamp.gating.descent import random_logits
 from patchclamp.models.model import Model
 from patchclamp.parts import nodes
 from patchclamp.tasks import Examples, Pair, Task

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control
 
-from patchclamp.gating.fit import Gated, full_gates
+from patchclamp.gating.descent import full_gates
+from patchclamp.gating.fit import Gated
 from patchclamp.methods import groups_of
 from patchclamp.metrics import METRICS
 from patchclamp.parts import Fallback, Parts, benefits

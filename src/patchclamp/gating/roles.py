@@ -15,7 +15,8 @@ import polars as pl
 from jaxtyping import Float
 
 from patchclamp.errors import TaskError
-from patchclamp.gating.fit import Gated, Progress, fit, refit
+from patchclamp.gating.descent import Progress
+from patchclamp.gating.fit import Gated, fit, refit
 from patchclamp.gating.judge import Evidence, calls, judge, most
 from patchclamp.gating.nulls import REINITIALISED, SHUFFLED, on_twin, twin_of
 from patchclamp.gating.objective import GatingSettings

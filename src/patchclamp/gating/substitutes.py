@@ -6,7 +6,8 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from patchclamp.gating.fit import Gated, full_gates
+from patchclamp.gating.descent import full_gates
+from patchclamp.gating.fit import Gated
 from patchclamp.gating.judge import Calls, Evidence, clear
 from patchclamp.methods import groups_of
 from patchclamp.metrics import METRICS

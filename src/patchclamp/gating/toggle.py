@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from patchclamp.gating.fit import Gated, full_gates
+from patchclamp.gating.descent import full_gates
+from patchclamp.gating.fit import Gated
 from patchclamp.methods import groups_of
 from patchclamp.metrics import METRICS
 from patchclamp.parts import Fallback, Parts, benefits

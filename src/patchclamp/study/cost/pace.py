@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from patchclamp.gating.fit import nll_slope
+from patchclamp.gating.descent import nll_slope
 from patchclamp.metrics import METRICS
 from patchclamp.study.cost.job import BATCH, Job
 from patchclamp.study.cost.work import Amount
