@@ -1,0 +1,128 @@
+"""Contrastive gating: what one behaviour needs and another does not, in wired models of two kinds of prompt, with its controls."""
+
+from functools import cache
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from patchclamp.errors import GateError
+from patchclamp.gating import Behaviour, Contrast, Stage, contrast, gating_settings
+from patchclamp.gating.contrast import CONTRAST, MIXED, REVERSE, SELF, bounded
+from patchclamp.metrics import METRICS
+from patchclamp.models.model import Model
+from patchclamp.parts import nodes
+from patchclamp.store.codec import decode, encode
+from patchclamp.tasks import load_task
+from patchclamp.zoo import wired
+
+FEW = gating_settings("default", seeds=2, batch=8, free=Stage(14, 1.0, 0.2), pressed=Stage(20, 0.8, 0.2))
+
+
+@cache
+def built():
+    """The wired model of two tasks that share half of their parts: seeing (L0.h1, L1.h1) and hearing (L0.h2, L1.h2)."""
+    one = wired("shared")
+    model = Model.load(one.hf.float(), tokenizer=one.tokenizer)
+    splits = {name: task.split(one.tokenizer, 72, 0) for name, task in one.tasks.items()}
+    return nodes(model), {name: Behaviour(split.fit, split.select) for name, split in splits.items()}
+
+
+@cache
+def found() -> Contrast:
+    parts, tasks = built()
+    return contrast(parts, tasks["see"], tasks["hear"], parts.fallback("resample"), FEW)
+
+
+def test_what_hearing_needs_and_seeing_does_not_is_isolated() -> None:
+    """Of the two heads in series either suffices to close hearing; whichever a seed closes, it closes nothing that seeing needs."""
+    result = found()
+    table = {row["site"]: row for row in result.parts.iter_rows(named=True)}
+    for tail, heads, others in (
+        ("", ("L0.h2", "L1.h2"), ("L0.h1", "L1.h1")),
+        ("_reverse", ("L0.h1", "L1.h1"), ("L0.h2", "L1.h2")),
+    ):
+        assert sum(table[head][f"isolated{tail}"] for head in heads) >= 1
+        assert all(table[site][f"isolated{tail}"] == 0 for site in table if site not in heads)
+        needed = {*others, "L0.mlp", "L1.mlp"}
+        assert all(table[site][f"kept{tail}"] == 1 for site in needed)
+        assert all(table[site][f"kept{tail}"] == 0 for site in table if site not in needed)
+    for direction in (CONTRAST, REVERSE):
+        assert result.separates(direction, "open") == result.separates(direction, "few") == 1
+    rows = result.evaluation.filter(pl.col("direction") == CONTRAST)
+    assert (rows["low_a"] > 0.95).all() and (rows["high_b"] < 0.05).all()
+    rows = result.evaluation.filter(pl.col("direction") == REVERSE)
+    assert (rows["high_a"] < 0.05).all() and (rows["low_b"] > 0.95).all()
+
+
+def test_controls_separate_nothing() -> None:
+    result = found()
+    assert result.masks.keys() == {CONTRAST, REVERSE, SELF, MIXED} and not result.warnings
+    for control in (SELF, MIXED):
+        assert result.separates(control, "open") == result.separates(control, "few") == 0
+    itself = result.evaluation.filter((pl.col("direction") == SELF) & (pl.col("side") == "open"))
+    assert (itself["closed"] == 0).all()  # nothing pulls against the pressure to open
+
+
+def test_parts_alone_are_the_wired_truth() -> None:
+    """Closing one of a task's four parts alone takes all of it under resample: twice its logit difference of the whole."""
+    table = {row["site"]: row for row in found().parts.iter_rows(named=True)}
+    for site, a, b in (
+        ("L0.h1", 1, 0),
+        ("L1.h1", 1, 0),
+        ("L0.h2", 0, 1),
+        ("L1.h2", 0, 1),
+        ("L0.mlp", 1, 1),
+        ("L1.mlp", 1, 1),
+        ("L0.h0", 0, 0),
+    ):
+        assert table[site]["alone_a"] == pytest.approx(a, abs=1e-3) and table[site]["alone_b"] == pytest.approx(b, abs=1e-3)
+
+
+def test_the_loss_is_the_one_written_down() -> None:
+    """Value by hand from both NLLs; slope by finite differences (float32 model: step .02, agreement to 2e-3)."""
+    parts, tasks = built()
+    fallback, loss = parts.fallback("resample"), bounded(0.5, 2.0)
+    pair = (tasks["see"].fit.take(range(6)).batch(), tasks["hear"].fit.take(range(6)).batch())
+    logits = torch.from_numpy(np.random.default_rng(1).normal(0, 1, (3, len(parts.counted))))
+
+    def by_hand(logits: torch.Tensor) -> torch.Tensor:
+        gates = parts.open(len(logits))
+        gates[:, 0, 0, list(parts.counted)] = logits.sigmoid().float()
+        keep, lose = (parts.measure(batch, gates, fallback, METRICS["nll"]).double() for batch in pair)
+        return keep.mean(1) - 2 * lose.clamp(max=0.5).mean(1)
+
+    value, slope = loss.slope(parts, pair, logits, fallback)
+    assert torch.allclose(value, by_hand(logits), atol=1e-5)
+    step = 0.02 * torch.eye(logits.shape[1]).double()
+    for row in range(3):
+        moved = (by_hand(logits[row] + step) - by_hand(logits[row] - step)) / 0.04
+        assert torch.allclose(slope[row], moved, atol=5e-3), (slope[row], moved)
+    with pytest.raises(GateError, match="must be positive"):
+        contrast(parts, tasks["see"], tasks["hear"], fallback, FEW, ceiling=0.0)
+
+
+def test_results_are_kept_without_loss() -> None:
+    result = found()
+    again = decode(encode(result))
+    assert again.evaluation.equals(result.evaluation) and again.parts.equals(result.parts)
+    assert set(result.to_record()["logits"]) == {CONTRAST, REVERSE, SELF, MIXED}
+
+
+@pytest.mark.long
+def test_pronouns_without_agreement_and_back() -> None:
+    """Two tasks of the shipped model: on held-out prompts each can be kept while the other is lost; mixed up, they cannot."""
+    model = Model.load("zoo/small")
+    tasks = {}
+    for name in ("gendered_pronoun", "agreement"):
+        split = load_task(name).split(model.tokenizer, 128, 0)
+        tasks[name] = Behaviour(split.fit, split.select)
+    parts = nodes(model)
+    result = contrast(
+        parts, tasks["gendered_pronoun"], tasks["agreement"], parts.fallback("resample"), gating_settings("default", seeds=2)
+    )
+    assert max(result.separates(CONTRAST, side) for side in ("open", "few")) > 0
+    assert max(result.separates(REVERSE, side) for side in ("open", "few")) > 0
+    for control in (SELF, MIXED):
+        assert all(result.separates(control, side) == 0 for side in ("open", "few"))
