@@ -31,7 +31,10 @@ def switch():
     return one, nodes(model), one.task.split(one.tokenizer, 96, 0)
 
 
-@pytest.mark.parametrize(("relaxation", "updates"), [("sigmoid", 40), ("relaxed", 40), ("straight", 60)])
+@pytest.mark.parametrize(
+    ("relaxation", "updates"),
+    [("sigmoid", 40), pytest.param("relaxed", 40, marks=pytest.mark.long), pytest.param("straight", 60, marks=pytest.mark.long)],
+)
 def test_the_switching_heads_are_found_on_unseen_prompts(relaxation: str, updates: int) -> None:
     """Of two seeds, that whose objective is lower on the prompts of the fit; straight-through gates take longer."""
     one, parts, split = switch()
