@@ -397,3 +397,23 @@ def test_association_from_parts_and_prompts():
     table = association(parts, one.task.examples(one.tokenizer, 30, seed=1), what="norm", permutations=19, most_rows=120)
     assert table.about["rows"] <= 120 and table.about["given"] == "position, token" and table.about["n"] <= 30
     assert len(table) == 45 and table.table["idle"].sum() > 0  # heads that write nothing have nothing to compare
+
+
+def test_groups_of_many_sizes_are_cut_to_one_so_that_the_null_moves_all_of_them():
+    """Groups of 1 to 4 prompts, a strong link: the null's mean is 0 only if no unit stays beside its own."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(60, 1))
+    outputs = drawn(np.hstack([a, a + 0.2 * rng.normal(size=(60, 1))]))
+    names = [f"g{number}" for number in range(24) for _ in range(number % 4 + 1)]
+    grouped = Recorded(outputs.parts, outputs.values, outputs.example, outputs.position, outputs.token, tuple(names), {}, {})
+    table = associate(grouped, given=(), permutations=199)
+    assert table.about["units"] == 18 and table.about["rows"] == 36  # 18 groups have 2 or more: 36 is the most that can be kept
+    assert abs(table.table["null_mean"][0]) < 0.05 and table.table["p"][0] == 0.005
+
+
+def test_the_null_of_few_rows_stays_within_bounds():
+    """20 rows of 30 parts: theta by the shrunk inverse; null correlations of residuals do not run above 1."""
+    table = associate(
+        drawn(np.random.default_rng(1).normal(size=(20, 30))), measure="partial correlation", given=(), permutations=49, blocks=0
+    )
+    assert table.table["null_95"].max() < 1 and (table.table["q"] > 0.05).all()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from patchclamp.dependence.association.contract import Measure, Order, Pairs, Values
-from patchclamp.dependence.association.partial import partial_of, shrunk
+from patchclamp.dependence.association.contract import Measure, Order, Pairs, Values, shrink_factor
+from patchclamp.dependence.association.partial import explained_by, intensity, partial_of, shrunk
 from patchclamp.dependence.association.recording import Recorded
 from patchclamp.errors import PatchclampError
 from patchclamp.models.model import Model
@@ -44,7 +44,7 @@ def _frame(parts: int) -> Float[np.ndarray, "part rest"]:
     return np.linalg.svd(np.eye(parts) - 1 / parts)[0][:, : parts - 1]
 
 
-def clr_precision(logs: Float[np.ndarray, "row part"], how: str = "ledoit-wolf") -> Float[np.ndarray, "part part"]:
+def clr_precision(logs: Float[np.ndarray, "row part"], how: str | float = "ledoit-wolf") -> Float[np.ndarray, "part part"]:
     """K. Shrinkage happens in isometric coordinates, where it does not depend on the choice of basis."""
     if logs.shape[1] < 3:
         raise PatchclampError(f"a composition of {logs.shape[1]} parts has no partial correlations: its parts only trade shares")
@@ -96,15 +96,17 @@ def prepare(left: Values, right: Values, pairs: Pairs, freedom: int, seed: int) 
     logs = np.hstack(list(left))
     rows, parts = logs.shape
     theta = partial_of(clr_precision(logs))
-    tested = clr_precision(logs, "empirical" if rows >= 2 * parts else "ledoit-wolf")
+    isometric = logs @ _frame(parts)
+    share = intensity(isometric, "empirical" if rows >= 2 * parts else "ledoit-wolf")
+    tested = clr_precision(logs, share)
     ends = np.zeros((2, len(pairs), rows))
     for number, (i, j) in enumerate(pairs):
         both = np.linalg.solve(tested[np.ix_([i, j], [i, j])], tested[[i, j]] @ logs.T)
         both = both - both.mean(1, keepdims=True)
         ends[:, number] = both / np.linalg.norm(both, axis=1, keepdims=True)
     index = np.array(pairs, dtype=int).reshape(-1, 2)
-    left_over = max(rows - freedom - (parts - 3), 1)
-    return LogRatios(theta[tuple(index.T)], ends[0], ends[1], float(np.sqrt(left_over / max(rows - 1, 1))))
+    taken = round(explained_by(isometric, share)) - 2
+    return LogRatios(theta[tuple(index.T)], ends[0], ends[1], shrink_factor(rows, freedom + taken))
 
 
 LOG_RATIO = Measure("log-ratio partial correlation", prepare, two_sided=True, vectors=False)

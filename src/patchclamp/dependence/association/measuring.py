@@ -21,7 +21,7 @@ from patchclamp.dependence.association.neural import NEURAL, Critics
 from patchclamp.dependence.association.partial import PARTIAL
 from patchclamp.dependence.association.recording import Recorded, recorded
 from patchclamp.dependence.association.table import Association, beside
-from patchclamp.dependence.association.units import Units, blocks_of, codes_of, levels, residual, units_of
+from patchclamp.dependence.association.units import FEWEST, Units, blocks_of, codes_of, levels, residual, units_of
 from patchclamp.dependence.table import Dependence
 from patchclamp.errors import PatchclampError
 from patchclamp.parts import Parts
@@ -79,9 +79,10 @@ def associate(
     """A measure of every pair of recorded parts, judged against permutations.
 
     The null: units (groups of prompts) of one side change places with units of the same shape, whole, so that what goes on
-    within a prompt stays as it is. p = (1 + permutations whose statistic is at least as large) / (1 + permutations), of both
-    signs where the measure has them; q is Benjamini and Hochberg's over pairs. `low`, `high`: score +- t times the jackknife's
-    standard error over `blocks` blocks of units.
+    within a prompt stays as it is. So that they can, groups are cut to as many prompts each (the number that keeps most), and units
+    of a shape of their own are left out; `about` says how many prompts, rows and units were used. p = (1 + permutations whose
+    statistic is at least as large) / (1 + permutations), of both signs where the measure has them; q is Benjamini and
+    Hochberg's over pairs. `low`, `high`: score +- t times the jackknife's standard error over `blocks` blocks of units.
 
     Args:
         outputs: what parts put out (`recorded`).
@@ -108,11 +109,7 @@ def associate(
     chosen = MEASURES[measure]
     clean, freedom, idle = _conditioned(outputs, given)
     _warn_where_wide(chosen, clean)
-    left_rows, right_rows = _lagged(outputs, lag)
-    units = units_of([outputs.groups[e] for e in outputs.example[left_rows]], _slots(outputs, left_rows))
-    kept = _drawn(units, most_rows, seed)
-    left_rows, right_rows = left_rows[kept], right_rows[kept]
-    units = units_of([outputs.groups[e] for e in outputs.example[left_rows]], _slots(outputs, left_rows))
+    left_rows, right_rows, units = _matched(outputs, lag, most_rows, seed)
     left = [value[left_rows] for value in clean]
     right = left if lag == 0 else [value[right_rows] for value in clean]
     pairs = _pairs(len(outputs.parts), lag)
@@ -166,6 +163,30 @@ def _lagged(outputs: Recorded, lag: int) -> tuple[Int[np.ndarray, " row"], Int[n
         raise PatchclampError(f"no prompt has two recorded tokens {lag} apart")
     left, right = np.array(found).T
     return left, right
+
+
+def _matched(outputs: Recorded, lag: int, most: int, seed: int) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"], Units]:
+    """Rows of both sides and their units; units that cannot change places with any other are left out, and so are rows above `most`.
+
+    A unit that stays where it is under every permutation would pull the null towards what is seen.
+    """
+    left, right = _lagged(outputs, lag)
+    kept = np.isin(outputs.example[left], _evened(outputs, left))
+    left, right = left[kept], right[kept]
+    for cut in (Units.movable, lambda units: _drawn(units, most, seed), Units.movable):
+        rows = cut(units_of([outputs.groups[e] for e in outputs.example[left]], _slots(outputs, left)))
+        left, right = left[rows], right[rows]
+    return left, right, units_of([outputs.groups[e] for e in outputs.example[left]], _slots(outputs, left))
+
+
+def _evened(outputs: Recorded, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, " example"]:
+    """As many prompts of every group, so that groups can change places: the number that keeps most prompts; groups with fewer drop out."""
+    members: dict[str, list[int]] = {}
+    for example in np.unique(outputs.example[rows]).tolist():
+        members.setdefault(outputs.groups[example], []).append(example)
+    sizes = np.array([len(one) for one in members.values()])
+    best = max(range(1, int(sizes.max()) + 1), key=lambda k: k * int((sizes >= k).sum()) if (sizes >= k).sum() >= FEWEST else 0)
+    return np.array(sorted(example for one in members.values() if len(one) >= best for example in one[:best]))
 
 
 def _slots(outputs: Recorded, rows: Int[np.ndarray, " row"]) -> list[str]:

@@ -47,6 +47,13 @@ def shrunk(rows: Float[np.ndarray, "row part"], how: str | float = "ledoit-wolf"
     return (1 - share) * covariance + share * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
 
 
+def explained_by(rows: Float[np.ndarray, "row part"], share: float) -> float:
+    """Degrees of freedom that a regression on all columns takes when their covariance is shrunk: sum of d / (d + ridge)."""
+    sizes = np.maximum(np.linalg.eigvalsh(shrunk(rows, 0.0)), 0.0)
+    kept, ridge = (1 - share) * sizes, share * float(sizes.mean())
+    return float((kept / np.maximum(kept + ridge, 1e-300)).sum())
+
+
 def partial_of(precision: Matrix) -> Matrix:
     """theta from an inverse covariance; 1 on the diagonal."""
     scale = np.sqrt(np.diag(precision))
@@ -101,17 +108,18 @@ def prepare(left: Values, right: Values, pairs: Pairs, freedom: int, seed: int) 
     table = table * np.sqrt(rows)
     live = table.any(1)  # a constant part has no inverse covariance and nothing in common with any other
     tested = np.eye(parts)
-    shown = np.eye(parts)
+    shown, taken = np.eye(parts), 2.0
     cells = np.ix_(live, live)
     if live.any():
         kept = table[live].T
         shown[cells] = partial_correlations(kept)
-        tested[cells] = np.linalg.inv(shrunk(kept, "empirical" if rows >= 2 * parts else "ledoit-wolf"))
+        share = intensity(kept, "empirical" if rows >= 2 * parts else "ledoit-wolf")
+        tested[cells], taken = np.linalg.inv(shrunk(kept, share)), explained_by(kept, share)
     shift = 0 if same else parts // 2
     index = np.array([(i, j + shift) for i, j in pairs], dtype=int).reshape(-1, 2)
     ends = [_residuals(table, tested, i, j) for i, j in index.tolist()]
     one, two = (np.stack([end[side] for end in ends]) if ends else np.zeros((0, rows)) for side in (0, 1))
-    return Partials(shown[tuple(index.T)], one, two, shrink_factor(rows, freedom + int(live.sum()) - 2))
+    return Partials(shown[tuple(index.T)], one, two, shrink_factor(rows, freedom + round(taken) - 2))
 
 
 def _residuals(table: Float[np.ndarray, "part row"], precision: Matrix, i: int, j: int) -> Float[np.ndarray, "2 row"]:

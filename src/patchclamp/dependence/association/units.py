@@ -42,6 +42,10 @@ class Units:
                 out[self.rows[to]] = self.rows[origin]
         return out
 
+    def movable(self) -> Int[np.ndarray, " row"]:
+        """Rows of the units that can change places with another, in order."""
+        return np.sort(np.concatenate([self.rows[unit] for units in self.alike if len(units) > 1 for unit in units]))
+
     def without(self, left_out: Sequence[int]) -> Int[np.ndarray, " row"]:
         """Rows of all other units, in order."""
         gone = set(map(int, left_out))
