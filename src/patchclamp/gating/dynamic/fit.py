@@ -22,6 +22,7 @@ from patchclamp.tasks._batch import Batch
 
 Progress = Callable[[str, int, int], None]
 FIRST = 0.1  # nats per open gate from which a learned price starts
+DEARER = (3.0, 10.0)  # times the highest price
 DUAL = 0.05  # share by which a learned price follows the number of open gates, per update and gate too many
 
 
@@ -85,6 +86,9 @@ def fit_dynamic(
     progress: Progress | None = None,
 ) -> Dynamic:
     """Learn controllers at every price and seed, and static gates beside them on the same batches with the same redraws.
+
+    Static gates are also fitted at 3 and 10 times the highest price, so that their curve of D over open gates has points where
+    moving gates may need fewer.
 
     What a controller reads is the plain pass's stream, which no gate changes: so the slope in a controller's numbers is the
     slope in its gates (`parts.gradient`, exact) times the controller's own, and all fits are rows of one pass.
@@ -179,7 +183,14 @@ class _Rows:
         kinds = (False,) if settings.scope == "static" else (False, True)
         given = [(price, np.nan) for price in settings.prices] if not settings.target_open else []
         aims = given or [(FIRST, wanted) for wanted in settings.target_open]
-        table = [(moves, *aim, seed) for moves in kinds for aim in aims for seed in range(settings.seeds)]
+        # static gates are fitted at higher prices too, so that their curve reaches as few open gates as moving ones may need
+        dearer = [(factor * max(settings.prices), np.nan) for factor in DEARER] if given else []
+        table = [
+            (moves, *aim, seed)
+            for moves in kinds
+            for aim in (aims if moves or settings.scope == "static" else aims + dearer)
+            for seed in range(settings.seeds)
+        ]
         bias: list[Tensor] = []
         down: list[Tensor] = []
         rank = settings.rank if sight.reads else 0
