@@ -30,6 +30,7 @@ from patchclamp.dependence.network import (
 )
 from patchclamp.dependence.table import Dependence
 from patchclamp.errors import PatchclampError
+from patchclamp.methods import attribute
 from patchclamp.models.model import Model
 from patchclamp.parts import Nodes, nodes
 from patchclamp.zoo import wired
@@ -292,3 +293,18 @@ def test_the_moving_connectome_finds_who_goes_together_when():
     assert record["membership"].height == 16 and record["course"].height == 20 and record["explained"] > 0.7
     with pytest.raises(PatchclampError, match="no window of 3"):
         affinity(outputs, prompts=61)
+
+
+def test_reuse_of_two_circuits_that_were_found():
+    """Circuits by exact effects above 1 logit: 4 parts each, 2 of them shared; by chance 1.6, with layers and kinds matched 2.5."""
+    one, parts = built("shared")
+    found = {}
+    for name, task in one.tasks.items():
+        scores = attribute(parts, task.examples(one.tokenizer, 16, seed=3), parts.fallback("resample"), "exact")
+        found[name] = [str(site) for site, score in zip(scores.sites, scores.values(), strict=True) if score > 1]
+        assert set(found[name]) == {part for part, role in one.truths[name].roles.items() if role == "facilitating"}
+    shared = overlap(found["see"], found["hear"], [parts.labels[i] for i in parts.counted])
+    assert (shared.one, shared.two, shared.universe, shared.shared) == (4, 4, 10, 2) and shared.share == 0.5
+    assert (
+        shared.expected == pytest.approx(1.6) and shared.p > 0.05 and shared.matched_p == 1.0
+    )  # half shared, and no more than chance

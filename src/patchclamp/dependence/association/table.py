@@ -29,7 +29,9 @@ class Association(Dependence):
         return self.table.filter((pl.col("q") <= alpha) & pl.col("causal").is_not_null() & none)
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name} {self.about[name]}" for name in ("method", "what", "given", "lag", "n", "units") if name in self.about)
+        told = ", ".join(
+            f"{name} {self.about[name]}" for name in ("method", "what", "given", "lag", "n", "units") if name in self.about
+        )
         lines = [f"{len(self)} pairs of {len(self.parts)} parts ({told})"]
         if not self.compared:
             lines.append("  not compared with intervention: an association alone says nothing of what acts on what")
