@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from patchclamp.errors import TaskError
 from patchclamp.gating.dynamic.fit import Progress, fit_dynamic
@@ -43,14 +43,20 @@ def arbitrary(examples: Examples, *others: Examples, score: Score | None = None,
     if any(not item.wrong for one in (examples, *others) for item in one):
         raise TaskError(f"arbitrary labels exchange right and wrong answers, and {examples.task!r} has prompts without 'wrong'")
     scores = [(score or partial(_by_words, seed))(one) for one in (examples, *others)]
-    middles = [float(np.median(each)) for each in scores]
-    if not all((each > middle).any() for each, middle in zip(scores, middles, strict=True)):
+    upper = [_upper_half(each) for each in scores]
+    if any(half.all() or not half.any() for half in upper):
         raise TaskError(f"the prompts of {examples.task!r} are alike throughout: no labelling can tell them apart")
     return tuple(
-        replace(one, items=tuple(replace(item, answers=item.wrong, wrong=item.answers) if above > middle else item
-                                 for item, above in zip(one, each, strict=True)))
-        for one, each, middle in zip((examples, *others), scores, middles, strict=True)
+        replace(one, items=tuple(replace(item, answers=item.wrong, wrong=item.answers) if above else item
+                                 for item, above in zip(one, half.tolist(), strict=True)))
+        for one, half in zip((examples, *others), upper, strict=True)
     )  # fmt: skip
+
+
+def _upper_half(scores: Float[np.ndarray, " example"]) -> Bool[np.ndarray, " example"]:
+    """Which scores are above the median, or at it and above where that is nearer to half of them (few different scores)."""
+    middle = np.median(scores)
+    return min((scores > middle, scores >= middle), key=lambda half: abs(float(half.mean()) - 0.5))
 
 
 def _by_words(seed: int, examples: Examples) -> Float[np.ndarray, " example"]:
