@@ -10,6 +10,8 @@ from patchclamp.sites import Site
 from patchclamp.store.record import (
     Baseline,
     Claim,
+    Contrasts,
+    Dynamics,
     ModelInfo,
     Null,
     Patterns,
@@ -86,6 +88,8 @@ def fake_record(hostile: str = "") -> Record:
         patterns=patterns(random, hostile),
         claims=claims(),
         relations=relations(random),
+        dynamics=dynamics(hostile),
+        contrast=contrast(),
         warnings=("Answers of 14 pairs take two tokens: these pairs were dropped.",),
     )  # fmt: skip
 
@@ -238,12 +242,40 @@ def relations(random: np.random.Generator) -> Relations:
         {"a": ["L2.h2"], "b": ["L2.h7"], "open": [0.01], "score": [0.9], "open_role": ["nothing"], "role": ["facilitating"],
          "shift": [0.89], "shift_q": [0.001]}
     )  # fmt: skip
-    repair = pl.DataFrame({"a": ["L2.h2"], "b": ["L2.h7"], "score": [0.8], "low": [0.7], "high": [0.9], "q": [0.001]})
-    inputs = [f"prompt {number}" for number in range(12)]
-    switching = pl.DataFrame(
-        [{"site": site, "input": name, "group": "seen" if n < 6 else "heard", "gate": float((n < 6) == (site == "L2.h2"))}
-         for site in ("L2.h2", "L2.h7") for n, name in enumerate(inputs)]
+    families = pl.DataFrame(
+        {"family": [0, 1], "n": [70, 50], "feature": ["template", "template"], "auroc": [0.98, 0.98], "on": [["went"], ["gave"]],
+         "off": [["gave"], ["went"]], "examples": [["one"], ["two"]], "top": ["L3.h6 +2.30", "L4.h1 +1.70"]}
     )  # fmt: skip
+    repair = pl.DataFrame({"a": ["L2.h2"], "b": ["L2.h7"], "score": [0.8], "low": [0.7], "high": [0.9], "q": [0.001]})
     about = {"of": 45, "n": 120, "fallback": "resample", "second": "mean", "communities": 3, "modularity": 0.31,
-             "modularity_null": 0.18, "modularity_p": 0.004}  # fmt: skip
-    return Relations(pl.DataFrame(rows), parts, changed, repair, switching, None, about)
+             "modularity_null": 0.18, "modularity_p": 0.004, "families": "2 families: silhouette 0.41, 0.12 permuted (p = 0.01)",
+             "hubs": {"parts": ["L3.h6"], "effect": 2.3, "random_mean": 0.2, "p": 0.01}}  # fmt: skip
+    return Relations(pl.DataFrame(rows), parts, changed, repair, families, about)
+
+
+def dynamics(hostile: str) -> Dynamics:
+    """Two heads that take turns."""
+    names = [f"prompt {number}{hostile}" for number in range(12)]
+    gates = pl.DataFrame(
+        [{"site": site, "input": name, "group": "seen" if n < 6 else "heard", "gate": float((n < 6) == (site == "L2.h2"))}
+         for site in ("L2.h2", "L2.h7") for n, name in enumerate(names)]
+    )  # fmt: skip
+    parts = pl.DataFrame({"site": ["L2.h2", "L2.h7"], "role": ["switches", "switches"], "open_share": [0.5, 0.5]})
+    advantage = pl.DataFrame(
+        {"strength": [0.1], "open": [3.2], "d": [0.02], "static_d": [0.4], "difference": [0.38], "low": [0.3], "high": [0.5]}
+    )
+    controls = pl.concat([advantage.select(pl.lit(kind).alias("kind"), pl.all()) for kind in ("model", "untrained")])
+    told = ("L2.h2 switches: open on 50% of 12 unseen inputs",)
+    return Dynamics(parts, gates, advantage, controls, told, {"scope": "example", "sight": "L3.resid.pre, each example", "n": 60})
+
+
+def contrast() -> Contrasts:
+    """A mask that keeps one task and loses another."""
+    evaluation = pl.DataFrame(
+        [{"direction": direction, "side": side, "seed": 0, "size": 30, "closed": 15, "share_a": 0.93, "low_a": 0.9, "high_a": 0.96, "share_b": 0.1,
+          "low_b": 0.05, "high_b": 0.15, "separates": direction == "A without B"}
+         for direction in ("A without B", "A without A") for side in ("open", "few")]
+    )  # fmt: skip
+    parts = pl.DataFrame({"site": ["L2.h2"], "isolated": [1.0], "kept": [0.0]})
+    about = {"a": "ioi", "b": "agreement", "n_a": 60, "n_b": 60, "fallback": "resample", "keep": 0.8, "lose": 0.2}
+    return Contrasts(parts, evaluation, about, ("no control of mixed-up prompts",))

@@ -145,6 +145,9 @@ def test_every_section_has_its_numbers() -> None:
         "redundancy",
         "3 communities, modularity 0.31",
         "Roles that depend on another part",
+        "2 families: silhouette 0.41",
+        "L2.h2 switches: open on 50% of 12 unseen inputs",
+        "A is ioi, B is agreement",
     ]
     for text in said:
         assert text.replace("\u202f", " ") in words, text
@@ -153,7 +156,7 @@ def test_every_section_has_its_numbers() -> None:
 
 def test_what_was_not_done_is_not_tested() -> None:
     page = Page(render(bare_record()))
-    assert len(re.findall("Not tested:", page.words)) == 12
+    assert len(re.findall("Not tested:", page.words)) == 14
     assert not without_library(page)
 
 
@@ -194,7 +197,7 @@ def rows_of(chart: Any) -> list[list[dict[str, Any]]]:
 RECORD = fake_record()
 assert RECORD.curve is not None and RECORD.toggles is not None and RECORD.circuit is not None
 assert RECORD.patterns is not None and RECORD.trust is not None and RECORD.relations is not None
-assert RECORD.relations.switching is not None
+assert RECORD.dynamics is not None
 CHARTS: dict[str, Callable[[], Any]] = {
     "role_map": lambda: figures.role_map(RECORD.scores),
     "effect_map": lambda: figures.effect_map(RECORD.scores),
@@ -209,7 +212,7 @@ CHARTS: dict[str, Callable[[], Any]] = {
     "interaction_matrix": lambda: figures.interaction_matrix(RECORD.relations.pairs, RECORD.relations.parts),
     "connectome": lambda: figures.connectome(RECORD.relations.pairs, RECORD.relations.parts),
     "causal_against_statistical": lambda: figures.causal_against_statistical(RECORD.relations.pairs),
-    "switching_map": lambda: figures.switching_map(RECORD.relations.switching),
+    "switching_map": lambda: figures.switching_map(RECORD.dynamics.gates),
 }
 
 

@@ -1,5 +1,6 @@
 """Commands that ask something of a model and keep a run: map, gate, attribute, verify, discover, relate, trust."""
 
+import inspect
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,13 @@ MinAccuracy = Annotated[float | None, typer.Option(help="Below it there is nothi
 Draws = Annotated[int | None, typer.Option("--random-circuits", help="Of the circuit's size and shape. [default: 100]")]
 NoNulls = Annotated[bool, typer.Option("--no-nulls", help="Do not fit gates to shuffled answers and re-initialised weights.")]
 Force = Annotated[bool, typer.Option("--force", help="Fit gates even where answers hardly vary.")]
+Dynamic = Annotated[
+    str | None, typer.Option(help="Gates that are a function of the input instead: phase, example or token; against static ones.")
+]
+Sight = Annotated[str | None, typer.Option(help="The residual stream that dynamic gates read: L2.resid.pre.")]
+Contrast = Annotated[
+    str | None, typer.Option(help="Another task: gates that keep this one and lose that, and the other way round.")
+]
 PairsOf = Annotated[
     int | None, typer.Option(help="relate: parts, of largest effect, whose pairs are closed together. [default: 60]")
 ]
@@ -48,7 +56,12 @@ Memory = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how many passes, how much memory and about how long; run nothing.")]
 
-CHOICES = {"direction": ("noising", "denoising"), "routing": ("free", "frozen"), "budget": ("default", "code", "paper")}
+CHOICES = {
+    "direction": ("noising", "denoising"),
+    "routing": ("free", "frozen"),
+    "budget": ("default", "code", "paper"),
+    "dynamic": ("phase", "example", "token"),
+}
 
 
 def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Path | None, as_json: bool, given: dict[str, Any],
@@ -153,15 +166,19 @@ def add(app: typer.Typer) -> None:
         ),
         ("trust", ("discover", "trust"), "Judge the circuit: faithfulness, completeness, minimality, random circuits."),
     ):
-        app.command(name, help=about)(_command(steps))
+        app.command(name, help=about)(_command(name, steps))
 
 
-def _command(steps: tuple[str, ...] | None) -> Any:
+OWN = {"pairs_of": "relate", "dynamic": "gate", "sight": "gate", "contrast": "gate"}
+"""Options that one command alone has."""
+
+
+def _command(name: str, steps: tuple[str, ...] | None) -> Any:
     def command(
         subject: Subject, task: TaskArgument = None, out: Out = None, n: N = None, seed: Seed = None, metric: Metric = None,
         fallback: Fallback = None, second: Second = None, direction: Direction = None,
         routing: Routing = None, method: Method = None, budget: Budget = None,
-        pressure: Pressure = None, pairs_of: PairsOf = None,
+        pressure: Pressure = None, pairs_of: PairsOf = None, dynamic: Dynamic = None, sight: Sight = None, contrast: Contrast = None,
         faithfulness: Faithfulness = None, min_accuracy: MinAccuracy = None, random_circuits: Draws = None,
         no_nulls: NoNulls = False, force: Force = False, option: Options = None, columns: Columns = None, chat: Chat = False,
         bos: Bos = None, dtype: Dtype = None, device: Device = None, device_map: DeviceMap = None, revision: Revision = None,
@@ -170,11 +187,15 @@ def _command(steps: tuple[str, ...] | None) -> Any:
         given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction,
                  "routing": routing, "method": method,
                  "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
-                 "random_circuits": random_circuits, "pairs_of": pairs_of,
+                 "random_circuits": random_circuits, "pairs_of": pairs_of, "dynamic": dynamic, "sight": sight, "contrast": contrast,
                  "nulls": False if no_nulls else None, "force": True if force else None}  # fmt: skip
         loading = {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision, "tokenizer": tokenizer,
                    "trust": trust_remote_code}  # fmt: skip
         asked = {"options": option, "columns": columns, "chat": chat, "bos": bos}
-        _ask(steps, subject, task, out, as_json, given, loading, asked, memory, dry_run)
+        wanted = tuple(step for step, asked_for in (("dynamic", dynamic), ("contrast", contrast)) if asked_for is not None)
+        _ask(wanted or steps, subject, task, out, as_json, given, loading, asked, memory, dry_run)
 
+    whole = inspect.signature(command)  # typer reads it: options of other commands are left out
+    kept = [one for one in whole.parameters.values() if OWN.get(one.name, name) == name]
+    command.__signature__ = whole.replace(parameters=kept)  # type: ignore[attr-defined]
     return command

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from patchclamp.cli.common import out, print_rows
-from patchclamp.store.record import Relations
+from patchclamp.store.record import Contrasts, Dynamics, Relations
 from patchclamp.study import Study
 from patchclamp.study.claims import shown
 
@@ -43,6 +43,10 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
                        f"facilitating or interfering ({null.raw_facilitating + null.raw_interfering:.0%} without safeguards)"))  # fmt: skip
     if record.relations is not None:
         _relations(record.relations)
+    if record.dynamics is not None:
+        _dynamics(record.dynamics)
+    if record.contrast is not None:
+        _contrast(record.contrast)
     claims = Table.grid(padding=(0, 2))
     claims.add_column(justify="right", no_wrap=True)
     for claim in record.claims:
@@ -82,6 +86,33 @@ def _relations(found: Relations) -> None:
             f"Closing the hubs {' '.join(hubs['parts'])} takes {hubs['effect']:+.2f}, random sets {hubs['random_mean']:+.2f} (p {hubs['p']:.3f})"
         )
     )
+    out.print()
+
+
+def _dynamics(found: Dynamics) -> None:
+    """What switches on what, beside static gates and controls."""
+    out.print()
+    out.print(Text(f"Gates that look at {found.about['sight']}, on {found.about['n']} unseen prompts", style="italic"))
+    for sentence in found.sentences:
+        out.print(Text(f"  {sentence}"))
+    out.print()
+
+
+def _contrast(found: Contrasts) -> None:
+    """What gates keep and lose of two behaviours, over seeds."""
+    about = found.about
+    out.print()
+    out.print(Text(f"Keep A ({about['a']}) without B ({about['b']}), held-out shares, mean over seeds", style="italic"))
+    means = found.evaluation.group_by("direction", "side", maintain_order=True).agg(
+        pl.col("size", "share_a", "share_b", "separates").cast(pl.Float64).mean()
+    )
+    print_rows([
+        {"direction": row["direction"], "pressure": "to open" if row["side"] == "open" else "to close", "parts": f"{row['size']:.0f}",
+         "of A": row["share_a"], "of B": row["share_b"], "seeds that separate": f"{row['separates']:.0%}"}
+        for row in means.iter_rows(named=True)
+    ])  # fmt: skip
+    every = found.parts.filter(pl.col("isolated") == 1)["site"].to_list()
+    out.print(Text(f"Closed in every seed for B and not for A ({len(every)}): {' '.join(every) or 'none'}"))
     out.print()
 
 

@@ -69,6 +69,7 @@ def context(record: Record) -> dict[str, Any]:
         "toggles": _toggles(record),
         "relation_figures": _relations(record),
         "named": _named(record),
+        "switching": _switching(record),
         "patterns": _patterns(record),
         "prompts": [_prompt(prompt) for prompt in record.examples],
         "plan": json.dumps(plain(record.plan), indent=2, ensure_ascii=False),
@@ -169,9 +170,15 @@ def _relations(record: Record) -> list[Figure]:
     if "association" in found.pairs.columns:
         caption = "What closing both shows, against how outputs go together"
         drawn.append(_figure("causal-statistical", figures.causal_against_statistical(found.pairs, "container"), caption))
-    if found.switching is not None and found.switching.height:
-        drawn.append(_figure("switching", figures.switching_map(found.switching, "container"), "Parts that switch, by input"))
     return drawn
+
+
+def _switching(record: Record) -> Figure | None:
+    if record.dynamics is None or not record.dynamics.gates.height:
+        return None
+    return _figure(
+        "switching", figures.switching_map(record.dynamics.gates, "container"), "Gates of parts that switch, by unseen input"
+    )
 
 
 def _named(record: Record) -> list[dict[str, Any]]:

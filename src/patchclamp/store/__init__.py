@@ -33,7 +33,7 @@ from patchclamp.store.hashing import digest, weights_hash
 from patchclamp.store.manifest import Manifest, Step
 from patchclamp.store.record import Record
 
-__all__ = ["Record", "Run", "RunInfo", "Watch", "digest", "load_plan", "load_record", "runs", "weights_hash"]
+__all__ = ["Record", "Run", "RunInfo", "Watch", "digest", "load_plan", "load_record", "load_step", "runs", "weights_hash"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -231,6 +231,15 @@ def load_record(folder: Path | str) -> Record:
     if not isinstance(record, Record):
         raise StoreError(f"{place}/study.json holds no study: choose another run")
     return record
+
+
+def load_step(folder: Path | str, name: str) -> Any:
+    """What a finished step of a run found; raises `StoreError` where the run has no such step, or a file is damaged."""
+    place = Path(folder)
+    known = Manifest.read(place).steps
+    if name not in known:
+        raise StoreError(f"{place} has not done {name!r}: its steps are {', '.join(known) or 'none'}")
+    return decode(read_encoded(place / "steps", name, {Path(file).name: hash for file, hash in known[name].files.items()}))
 
 
 def load_plan(folder: Path | str) -> dict[str, Any]:

@@ -204,8 +204,8 @@ class Relations:
         changed: conditional roles that differ from those with all gates open: a (closed), b, open, score, open_role, role,
             shift, shift_q.
         repair: what later parts' direct effects do when a part closes: a (closed), b, score (compensation), low, high, q.
-        switching: gates by input, of parts that switch: site, input, group, gate.
-        families: of examples with a mechanism of their own: family, prompts, words, top parts.
+        families: examples with mechanisms of their own, a row per family: family, n, feature, auroc, on, off, examples, top (its largest
+            effects); `about.families` says why there are so many.
         about: fallbacks, metric, n, how many parts were looked at of how many, modularity with its null, and the like.
     """
 
@@ -213,9 +213,46 @@ class Relations:
     parts: pl.DataFrame
     changed: pl.DataFrame
     repair: pl.DataFrame | None = None
-    switching: pl.DataFrame | None = None
     families: pl.DataFrame | None = None
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Gates that are a function of the input.
+
+    Args:
+        parts: a row per part: site, role (open, closed, switches, undecided), open_share, feature, auroc, cost_open, cost_closed, verified.
+        gates: of parts that switch, by unseen input: site, input, group, gate.
+        advantage: a row per price: open, d, static_d, difference, low, high.
+        controls: the same of the fit and of its controls: kind.
+        sentences: what was found, in words.
+        about: scope, site, n, whether arbitrary labels were rejected.
+    """
+
+    parts: pl.DataFrame
+    gates: pl.DataFrame
+    advantage: pl.DataFrame
+    controls: pl.DataFrame
+    sentences: tuple[str, ...]
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """One behaviour kept while another is lost.
+
+    Args:
+        parts: a row per part: site, isolated, kept, isolated_reverse, kept_reverse, alone_a, alone_b with _low, _high.
+        evaluation: a row per direction, side and seed: size, share_a, low_a, high_a, share_b, low_b, high_b, separates.
+        about: a, b, n_a, n_b, fallback, keep, lose.
+        warnings: what the reader must know.
+    """
+
+    parts: pl.DataFrame
+    evaluation: pl.DataFrame
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +281,8 @@ class Record:
         claims: sentences with verdicts.
         warnings: what the reader must know before anything else.
         relations: how parts go together.
+        dynamics: gates that are a function of the input.
+        contrast: another behaviour lost while this one is kept.
     """
 
     headline: str
@@ -265,6 +304,8 @@ class Record:
     claims: tuple[Claim, ...] = ()
     warnings: tuple[str, ...] = ()
     relations: Relations | None = None
+    dynamics: Dynamics | None = None
+    contrast: Contrasts | None = None
 
     def __post_init__(self) -> None:
         needed = {"scores": tuple(SCORE_COLUMNS)[:4], **FRAMES}

@@ -24,15 +24,25 @@ from patchclamp.store.record import Claim, Record
 from patchclamp.study import record as records
 from patchclamp.study import steps
 from patchclamp.study.claims import Found, claims, headline
+from patchclamp.study.gates import contrasted, dynamic
 from patchclamp.study.plan import EXTRA, STEPS, Plan
 from patchclamp.study.provenance import identity, provenance
+from patchclamp.study.relate import relate
 from patchclamp.study.work import Progress, Work, begin, score
 from patchclamp.tasks import Task, load_task
 from patchclamp.trust import Trusted, resampled_circuits, trust
 
 __all__ = ["EXTRA", "STEPS", "Plan", "Study", "Work", "begin", "carry_out", "load", "map", "open_run", "score"]
 
-FINISHED = {"roles": "gate", "second": "verify", "discover": "discover", "trust": "trust", "hubs": "relate"}
+FINISHED = {
+    "roles": "gate",
+    "second": "verify",
+    "discover": "discover",
+    "trust": "trust",
+    "hubs": "relate",
+    "dynamic": "dynamic",
+    "contrast": "contrast",
+}
 """Which step of a map has been done where a run has kept the result of this name."""
 
 
@@ -126,9 +136,11 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
     if "trust" in do:
         _trust(work)
     if "relate" in do:
-        from patchclamp.study.relate import relate
-
         work.found["relations"] = relate(work)
+    if "dynamic" in do:
+        work.found["dynamics"] = dynamic(work)
+    if "contrast" in do:
+        work.found["contrast"] = contrasted(work)
     return _finish(work)
 
 
@@ -235,6 +247,8 @@ def _finish(work: Work) -> Study:
         claims=claims(summary),
         warnings=tuple([*work.warnings, *(() if roles is None else roles.warnings)]),
         relations=found.get("relations"),
+        dynamics=found.get("dynamics"),
+        contrast=found.get("contrast"),
     )
     run.save(record)
     return Study(record, run.folder)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from patchclamp.discover.threshold import Order
 from patchclamp.errors import PatchclampError
 from patchclamp.gating import GatingSettings, gating_settings
+from patchclamp.gating.dynamic.sight import SCOPES, Scope
 from patchclamp.methods import Direction, method_names
 from patchclamp.metrics import metric_named
 from patchclamp.parts import FALLBACKS
@@ -14,7 +15,7 @@ from patchclamp.parts.gated import Routing
 
 STEPS = ("gate", "attribute", "verify", "discover", "trust")
 """What a map does, in order; each can be asked for alone."""
-EXTRA = ("relate",)
+EXTRA = ("relate", "dynamic", "contrast")
 """What is done where it is asked for."""
 FEWEST = 16  # prompts: four to confirm on
 Budget = Literal["default", "code", "paper"]
@@ -42,6 +43,9 @@ class Plan:
         nulls: whether gates are also fitted to shuffled answers and re-initialised weights.
         force: fit gates even where answers hardly vary.
         pairs_of: how many parts, those of largest exact effect, have all their pairs closed together.
+        dynamic: what gates may hang on: phase, example or token.
+        sight: the residual stream that they read; by default that before the last block (example), or the embedding (token).
+        contrast: another task, by name or file, that is to be lost while this one is kept.
     """
 
     n: int | None = None
@@ -61,6 +65,9 @@ class Plan:
     nulls: bool = True
     force: bool = False
     pairs_of: int = 60
+    dynamic: Scope | None = None
+    sight: str | None = None
+    contrast: str | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (("faithfulness", 0, 1), ("min_accuracy", 0, 1)):
@@ -85,6 +92,10 @@ class Plan:
                 raise PatchclampError(f"there is no {name} {kind!r}: choose from {', '.join(FALLBACKS)}")
         if self.second is not None and self.second == self.fallback:
             raise PatchclampError(f"the second fallback is to be another than the first, and both are {self.second!r}")
+        if self.dynamic is not None and self.dynamic not in SCOPES:
+            raise PatchclampError(f"there is no scope {self.dynamic!r} for dynamic gates: choose from {', '.join(SCOPES[1:])}")
+        if self.sight is not None and self.dynamic is None:
+            raise PatchclampError(f"the sight {self.sight!r} is of dynamic gates: say what they may hang on (--dynamic example)")
         if self.pairs_of < 2:
             raise PatchclampError(f"pairs of {self.pairs_of} parts were asked for: choose 2 or more")
         if self.random_circuits < 1:

@@ -21,6 +21,9 @@ from patchclamp.dependence.network.communities import Communities, communities
 from patchclamp.dependence.network.graph import connectome
 from patchclamp.dependence.network.hubs import Lesion, hub_table, lesion
 from patchclamp.errors import GateError, MetricError
+from patchclamp.gating.dynamic import inputs_of
+from patchclamp.gating.mechanisms import mechanisms, told_by
+from patchclamp.methods import effects, groups_of
 from patchclamp.parts import Fallback
 from patchclamp.scores import Scores
 from patchclamp.store.record import Relations
@@ -63,14 +66,33 @@ def relate(work: Work) -> Relations:
         "modularity": parted.modularity, "modularity_null": parted.null_mean, "modularity_p": parted.p, "stability": parted.stability,
         "hubs": closed.to_record(),
     }  # fmt: skip
+    kinds, reason = work.run.step("families", _families, work, first, names)
+    about["families"] = reason
     named = relations(first, second, repair=[one.table for one in repairs], seed=seed)
     return Relations(
         pairs=_pairs(named, held, together),
         parts=_parts(exact, parted, hubs),
         changed=_changed(first, seed),
         repair=None if not repairs else _largest(repairs[0].table),
+        families=kinds,
         about=about,
     )
+
+
+def _families(work: Work, first: Closings, names: list[str]) -> tuple[pl.DataFrame, str]:
+    """Select prompts clustered by their effects; what tells families apart, judged on confirm prompts; why there are so many."""
+    split, rows = work.split, [[str(part) for part in first.parts].index(name) for name in names]
+    samples = work.run.step(
+        "select-effects", effects, work.parts, split.select, work.fallback, "exact", metric=work.metric, seed=work.plan.seed
+    ).double().numpy()[rows]  # fmt: skip
+    sites = [first.parts[row] for row in rows]
+    found = mechanisms(sites, samples, first.about, groups_of(split.select), seed=work.plan.seed)
+    if found.count == 1:
+        return pl.DataFrame({"family": [0], "n": [len(split.confirm)]}), found.reason
+    inputs = [inputs_of(one, False) for one in (split.select, split.confirm)]
+    told = told_by(found.family, inputs[0], found.assign(first.effects[rows]), inputs[1], work.plan.seed)
+    top = [", ".join(f"{row['site']} {row['score']:+.2f}" for row in one.top(4).iter_rows(named=True)) for one in found.effects]
+    return told.with_columns(pl.Series("top", top)), found.reason
 
 
 def _lesion(work: Work, hubs: list[str], seed: int) -> Lesion:

@@ -100,6 +100,10 @@ def cost(
         PatchclampError: what `map` would refuse before it computes anything.
         StoreError: the folder holds another run, or is damaged.
     """
+    if uncounted := {"dynamic", "contrast"} & set(do):
+        raise PatchclampError(
+            f"the cost of {sorted(uncounted)[0]} gates is not counted before they run: try few prompts (--n 32) first"
+        )
     plan, task = plan or Plan(), load_task(task) if isinstance(task, str) else task
     digest = identity(model, task, plan)
     place = place_of(folder, digest)
