@@ -47,6 +47,11 @@ def test_dynamic_gates_are_kept_shown_and_run_live(tmp_path: Path, monkeypatch: 
         load_step(tmp_path / "run", "nothing")
 
 
+def test_generation_under_dynamic_gates_needs_a_run(cli):
+    code, _, err = cli("generate", "zoo/small", "Mary and John", "--dynamic")
+    assert code == 2 and "name the run" in err
+
+
 @pytest.mark.long
 def test_what_switches_is_said_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = DynamicSettings(prices=(0.1,), seeds=1, updates=36, batch=12, redraws=1)

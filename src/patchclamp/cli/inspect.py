@@ -91,6 +91,7 @@ def record(
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A hub name, a folder, zoo/NAME; or the folder of a run.", show_default=False)],
     prompts: Prompts, edit: Edit = None, keep: Keep = None, scale: Scale = None, fallback: FallbackOf = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="With the gates of a RUN of `gate --dynamic`, on every prompt anew.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 20,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -115,6 +116,18 @@ def generate(
         for site, made in want.parts.edits(want.gates, want.fallback).items():
             edits.setdefault(site, []).append(made)
     texts = _prompts(prompts)
+    if dynamic:
+        if run is None:
+            raise PatchclampError(
+                f"--dynamic runs the gates that a run has learned, and {model} is no run's folder: name the run of `gate --dynamic`"
+            )
+        from patchclamp.parts import nodes
+        from patchclamp.store import load_step
+
+        parts, kind = nodes(loaded), fallback or "mean"
+        rule = parts.fallback("mean:all" if kind == "mean" else kind, fit=fit)
+        for site, driven in load_step(run, "controller").edits(parts, rule, loaded.encode(texts)).items():
+            edits.setdefault(site, []).append(driven)
     made = loaded.generate(texts, edits, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if as_json:
         common.print_json([{"prompt": prompt, "text": text} for prompt, text in zip(texts, made.texts, strict=True)])
