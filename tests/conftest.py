@@ -39,6 +39,7 @@ def cli(
     from patchclamp.cli import common, main
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # for consoles made later, as for an error
     for console in (common.out, common.err):
         monkeypatch.setattr(console, "_width", 200)  # rich takes COLUMNS when it is imported
 

@@ -89,6 +89,7 @@ def test_exchanged_targets_are_the_models_own_where_the_label_is_right() -> None
     torch.testing.assert_close(found[:, unchanged], kept[:, unchanged], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_neither_an_untrained_model_nor_a_blind_controller_switches() -> None:
     """The cue stands before the last token, so that token and its place cannot tell it; a random model has nothing to tell."""
     _, parts, split = built("switch")

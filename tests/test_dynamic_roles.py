@@ -37,6 +37,7 @@ def test_a_whole_family_held_out_is_not_what_the_others_teach() -> None:
         families_held_out(parts, split.fit, parts.fallback("resample"), few, family=lambda _: "one")
 
 
+@pytest.mark.long
 def test_the_whole_question_in_words() -> None:
     one, parts, split = switch()
     named = {"cue": lambda example: one.truth.cue(example.pair.clean)}

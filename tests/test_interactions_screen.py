@@ -74,6 +74,7 @@ def planted() -> Planted:
     return Planted()
 
 
+@pytest.mark.long
 def test_masks_find_planted_pairs_without_heredity() -> None:
     """40 among 179,700: 9 in 10 are among the first 50, also those whose parts do nothing alone, and sizes are right within a third."""
     parts = planted()

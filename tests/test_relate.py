@@ -1,11 +1,13 @@
 """Relate: what is planted in wired models comes out of the step, the command and the report by name."""
 
+import importlib
 import json
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from patchclamp.errors import PatchclampError
 from patchclamp.models.model import Model
 from patchclamp.report import render
 from patchclamp.study import Plan, Study, map, open_run
@@ -85,3 +87,17 @@ def test_the_command_shows_pairs(cli, tmp_path: Path):
     assert code == 0 and {"pairs", "pairs-second", "pairs-held"} <= {line["step"] for line in json.loads(out)["lines"]}
     code, _, err = cli("relate", "zoo/small", "ioi", "--pairs-of", 1)
     assert code == 2 and "choose 2 or more" in err
+
+
+def test_too_few_independent_prompts_leave_outputs_out(monkeypatch: pytest.MonkeyPatch):
+    """A refusal of the statistics is a warning: what was closed is told all the same."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PatchclampError("too few")
+
+    monkeypatch.setattr(importlib.import_module("patchclamp.study.relate"), "associate", refuse)
+    model, plan = wired("redundant"), Plan(n=32, pairs_of=3)
+    study = map(Model.load(model.hf, tokenizer=model.tokenizer), model.task, plan, do=("relate",))
+    assert study.record.relations is not None and "association" not in study.record.relations.pairs.columns
+    assert any("outputs go together was not measured: too few" in warning for warning in study.record.warnings)
+    assert "Interaction of every pair" in render(study.record)

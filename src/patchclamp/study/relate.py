@@ -16,11 +16,11 @@ from patchclamp.dependence import (
     relations,
     self_repair,
 )
-from patchclamp.dependence.association import Association, associate, recorded
+from patchclamp.dependence.association import Association, Recorded, associate, recorded
 from patchclamp.dependence.network.communities import Communities, communities
 from patchclamp.dependence.network.graph import connectome
 from patchclamp.dependence.network.hubs import Lesion, hub_table, lesion
-from patchclamp.errors import GateError, MetricError
+from patchclamp.errors import GateError, MetricError, PatchclampError
 from patchclamp.gating.dynamic import inputs_of
 from patchclamp.gating.mechanisms import mechanisms, told_by
 from patchclamp.methods import effects, groups_of
@@ -56,7 +56,7 @@ def relate(work: Work) -> Relations:
     repairs = _repairs(work, names, rule)
     interaction = interaction_table(first, seed=seed)
     outputs = work.run.step("outputs", recorded, work.parts, work.split.confirm)
-    together = work.run.step("association", associate, outputs.only(names), causal=interaction, seed=seed)
+    together = _together(work, outputs.only(names), interaction)
     graph = connectome(_only(interaction, names))
     parted = work.run.step("communities", communities, graph, nulls=NULLS, seed=seed)
     hubs = hub_table(graph, parted.label)
@@ -107,12 +107,23 @@ def _lesion(work: Work, hubs: list[str], seed: int) -> Lesion:
     )  # fmt: skip
 
 
-def _pairs(named: Dependence, held: Closings | None, together: Association) -> pl.DataFrame:
+def _together(work: Work, outputs: Recorded, interaction: Dependence) -> Association | None:
+    """How outputs go together; none where too few independent prompts could change places, said in a warning."""
+    try:
+        return work.run.step("association", associate, outputs, causal=interaction, seed=work.plan.seed)
+    except PatchclampError as error:
+        work.warnings.append(f"How outputs go together was not measured: {error}")
+        return None
+
+
+def _pairs(named: Dependence, held: Closings | None, together: Association | None) -> pl.DataFrame:
     """A row per pair, causal and statistical."""
     rows = named.table.rename({"score": "interaction"})
     if held is not None:
         norm = interaction_table(held).table.select("a", "b", pl.col("score").alias("frozen"))
         rows = rows.join(norm, on=["a", "b"], how="left", maintain_order="left")
+    if together is None:
+        return rows
     outputs = together.table.select("a", "b", pl.col("score").alias("association"), pl.col("q").alias("association_q"))
     return rows.join(outputs, on=["a", "b"], how="left", maintain_order="left")
 
