@@ -117,6 +117,7 @@ def test_a_hand_wired_model_too():
 FEW = GatingSettings(seeds=2, batch=12, free=Stage(3, 1.0, 0.1), pressed=Stage(4, 0.7, 0.1), null_seeds=1, null_batch=8, refits=2)
 
 
+@pytest.mark.long
 def test_learned_gates(small: Model, ioi: Task):
     """Descents that go on to their end: as predicted. All with what depends on what is found: no more than at most."""
     fixed = replace(FEW, window=0, settle=False, null_seeds=0, refits=0)

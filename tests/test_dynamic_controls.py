@@ -50,6 +50,7 @@ def test_arbitrary_labels_are_a_function_of_the_words_and_nothing_else() -> None
         arbitrary(without_wrong(split.fit))
 
 
+@pytest.mark.long
 def test_arbitrary_labels_are_rejected_with_safeguards_and_lifted_without() -> None:
     """A controller that closes the helper where a label is exchanged says the label; redrawn, the closed gates say the model's word.
 

@@ -91,6 +91,7 @@ def test_masks_find_planted_pairs_without_heredity() -> None:
     assert np.median(ratio) == pytest.approx(1, abs=0.33) and min(ratio) > 0
 
 
+@pytest.mark.long
 def test_a_screen_verifies_and_bounds_what_was_missed() -> None:
     parts = planted()
     found = screen(parts, examples(64), rule(), passes=128, top=60, sample=200)

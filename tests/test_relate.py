@@ -45,6 +45,7 @@ def test_a_redundant_pair_is_said_by_name(redundant: tuple[Wired, Study]):
     assert found.parts["site"].to_list() == found.parts.sort("order")["site"].to_list() and found.parts.height == 10
 
 
+@pytest.mark.long
 def test_a_pair_that_needs_each_other_is_said_too():
     _, study = related("and", "zero", "mean")
     found = study.record.relations

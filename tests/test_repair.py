@@ -61,6 +61,7 @@ def test_what_a_prompt_gains_by_itself_is_what_a_run_with_its_acts_gives(
         assert row["after"] == pytest.approx(float(value), abs=1e-3)  # float32, another batch
 
 
+@pytest.mark.long
 def test_effects_on_failing_and_succeeding_prompts_are_compared(found: Repaired, broken: tuple[Nodes, Examples, Examples]):
     """Columns add up; under prompts exchanged at random, p is uniform: a tenth lies below .1."""
     parts, search, _ = broken

@@ -278,6 +278,7 @@ def test_pieces_give_the_same_numbers_bit_for_bit(case: Callable[..., Case], tmp
     assert sorted(path.name for path in out.iterdir()) == [row.folder.name, "sweep.parquet"]
 
 
+@pytest.mark.long
 def test_the_map_asks_what_pieces_have_answered(case: Callable[..., Case], tmp_path: Path):
     """Not one exact effect or slope is computed again: the model runs only for what pieces were not asked."""
     asked, place = case(0, FIND, n=600), Place(tmp_path)
@@ -371,6 +372,7 @@ def test_a_job_whose_worker_dies_is_tried_again(case: Callable[..., Case], tmp_p
     assert rows[0].state == "failed" and Job(0, "finish") not in pool.done
 
 
+@pytest.mark.long
 def test_one_question_under_two_names_is_done_once(saved: Path, case: Callable[..., Case], tmp_path: Path):
     (tmp_path / "twin").symlink_to(saved)
     twin = dataclasses.replace(case(0), model=str(tmp_path / "twin"))
