@@ -80,6 +80,30 @@ def in_thread(work: Callable[[], Any]) -> Any:
     return found[0]
 
 
+@pytest.mark.parametrize("kind", ["resid.pre", "z"])
+def test_a_hook_that_another_thread_is_just_removing_does_nothing(kind: str) -> None:
+    """PyTorch drops a hook and its note "with keywords" one after the other: in between it is called without keywords."""
+    model = Model.load(tiny("gemma2"))
+    plain = model.run(TOKENS)
+
+    def without_notes() -> Tensor:
+        notes = [
+            (module._forward_pre_hooks_with_kwargs, dict(module._forward_pre_hooks_with_kwargs)) for module in model.hf.modules()
+        ]
+        assert any(kept for _, kept in notes)
+        for live, _ in notes:
+            live.clear()
+        try:
+            return model.run(TOKENS)
+        finally:
+            for live, kept in notes:
+                live.update(kept)
+
+    with model.editing({Site(kind, 0): Scale(2.0)}):
+        assert torch.equal(in_thread(without_notes), plain)
+        assert not torch.allclose(model.run(TOKENS), plain)
+
+
 @pytest.mark.parametrize("name", ["llama", "gptj", "mixtral"])
 def test_another_thread_is_not_edited(name: str) -> None:
     one, two = Model.load(tiny(name)), Model.load(tiny(name, seed=1))

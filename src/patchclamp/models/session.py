@@ -99,9 +99,13 @@ class Session:
 
     # The hooks are bound methods, not closures: they are made anew for every run.
 
-    def _on_input(self, change: Visitor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # PyTorch adds and removes a hook and its note "with keywords" one after the other: a thread that runs the model in
+    # between calls another thread's hook without keywords. That hook has nothing to do there.
+
+    def _on_input(self, change: Visitor, _: nn.Module, args: tuple[Any, ...], *rest: dict[str, Any]) -> Any:
         if self not in OPEN.get():
             return None
+        (kwargs,) = rest
         token = CALL.set((args, kwargs))
         try:
             if args:
@@ -121,8 +125,9 @@ class Session:
             return []
         return [session.modes[id(module)] for session in (sessions if every else sessions[-1:])]
 
-    def _enter(self, entered: list[Any], every: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, entered: list[Any], every: bool, module: nn.Module, args: tuple[Any, ...], *rest: dict[str, Any]) -> None:
         for make in self._modes_around(module, every):
+            (kwargs,) = rest
             entered.append(make(args[0] if args else kwargs["hidden_states"]))
             entered[-1].__enter__()
 
