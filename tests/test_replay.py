@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from patchclamp.models.editing import Edits
 from patchclamp.models.model import Model
 from patchclamp.models.replay import why_plain
 from patchclamp.models.standing import Start
-from patchclamp.parts import Gated, gated, nodes
+from patchclamp.parts import Gated, gated, measuring, nodes
 from patchclamp.parts.fallbacks import Own
 from patchclamp.sites import KINDS, Site
 from patchclamp.tasks._batch import Batch
@@ -161,6 +162,35 @@ def test_running_out_of_memory_halves_what_runs_at_once(monkeypatch: pytest.Monk
     with pytest.warns(UserWarning, match="memory ran out with"):
         torch.testing.assert_close(parts.measure(batch, gates, fallback), expected, atol=1e-6, rtol=0)
     assert max(sizes) > 3 and sizes[-1] <= 3
+
+
+@pytest.mark.parametrize("where", ["the model's own run", "one setting"])
+def test_running_out_of_memory_halves_the_prompts(where: str, monkeypatch: pytest.MonkeyPatch):
+    model = Model.load(tiny("gpt2"))
+    parts, batch = nodes(model), examples(5).batch()
+    gates, fallback = 1 - torch.eye(len(parts.labels))[:, None, None], parts.fallback("resample")
+    gates[1] = 0.5
+    expected, rows = parts.measure(batch, gates, fallback), list[int]()
+    of, name = (measuring, "reference") if where == "the model's own run" else (Model, "target_logits")
+    own = getattr(of, name)
+
+    def small(model: Model, given: Batch, *rest: Any, **more: Any) -> Any:
+        rows.append(len(given))
+        if len(given) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(model, given, *rest, **more)
+
+    monkeypatch.setattr(of, name, small)
+    with pytest.warns(UserWarning) as said:
+        torch.testing.assert_close(parts.measure(batch, gates, fallback), expected, atol=1e-6, rtol=0)
+    assert [f"{n} prompts at once: going on with {n // 2}" in "".join(str(one.message) for one in said) for n in (5, 2)] == [
+        True,
+        True,
+    ]
+    assert max(rows) == 5 and rows[-1] == 1
+    rows.clear()
+    parts.measure(batch, gates, fallback)  # it is not tried again
+    assert max(rows) == 1
 
 
 def test_any_other_error_is_not_swallowed(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Limits: how many settings and prompts a backward pass may hold at once, from what passes before it took."""
+"""Limits: how many settings and prompts a pass may hold at once, from what passes before it took."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Limits:
-    """What is known of the memory that backward passes of some parts take.
+    """What is known of the memory that passes of some parts take: backward passes, but for `prompts`.
 
     Args:
         settings: at once at most, since memory ran out.
         every: whether every block is computed again, since memory ran out.
         examples: at once at most, since memory ran out.
         rows: by columns that ran, the bytes that a row takes where nothing is computed again.
+        prompts: at once at most in passes without gradient, since memory ran out with one setting or in the model's own run.
     """
 
     settings: int | None = None
     every: bool = False
     examples: int | None = None
     rows: dict[int, float] = field(default_factory=dict[int, float])
+    prompts: int | None = None
 
     def together(self, memory: int, rows: int, columns: int) -> int:
         """How many settings may run at once: 1 until a pass has shown what one takes."""

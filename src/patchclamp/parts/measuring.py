@@ -18,6 +18,8 @@ from patchclamp.models.standing import Start, projections, why_whole_vocabulary
 from patchclamp.models.tree import Pattern, apart, grow
 from patchclamp.parts.compiling import acts_on
 from patchclamp.parts.fallbacks import Fallback
+from patchclamp.parts.limits import limits_of
+from patchclamp.parts.pieces import pieces
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
@@ -97,7 +99,30 @@ class Question:
 def measured(
     parts: "Gated", batch: Batch, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, metric: Metric
 ) -> Float[Tensor, "setting example"]:
-    """What `Gated.measure` gives."""
+    """What `Gated.measure` gives.
+
+    Where memory runs out with several settings at once, half as many run from then on; where it runs out with one, or in the
+    model's own run, half as many prompts; a warning each time.
+    """
+    limits = limits_of(parts)
+    if limits.prompts is None or limits.prompts >= len(batch):
+        try:
+            return _together(parts, batch, gates, fallback, metric)
+        except RuntimeError as error:
+            if not ran_out(error) or len(batch) == 1:
+                raise
+        limits.prompts = len(batch) // 2  # behind the except clause, which holds what the failed pass made
+        warnings.warn(f"memory ran out with {len(batch)} prompts at once: going on with {limits.prompts}", stacklevel=3)
+        if parts.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    some = pieces(parts, batch, gates, limits.prompts)
+    return torch.cat([measured(of, few, mine, fallback, metric) for of, few, mine in some], 1)
+
+
+def _together(
+    parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback, metric: Metric
+) -> Float[Tensor, "setting example"]:
+    """Every setting on all prompts of the batch at once."""
     with torch.no_grad():
         found = routes(parts, batch, gates, fallback)
         ways = {number: route for number, route in enumerate(found) if route is not None}
@@ -197,6 +222,7 @@ def routes(parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback) -> l
     """By setting, where it can start; None where all gates are open."""
     layers, width = parts.model.layers, batch.tokens.shape[1]
     since = fallback.since(batch) if parts.added is None or fallback.kind == "own" else 0
+    since = since if parts.model.anatomy.causal else 0  # else values differ before the first token that does
     last = int(batch.target_position.min())
     reach: dict[int | str | None, tuple[int, int]] = {}
     for position in {site.position for site in parts.labels}:
@@ -224,6 +250,8 @@ def routes(parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback) -> l
         ends = max(reach[parts.labels[number].position][1] for number in shut)
         column = min(begins, last)
         single = begins == ends and begins + 1 < width
+        if not parts.model.anatomy.causal:
+            column, single = 0, False  # what changes at one column changes those before it, too
         if not single and 4 * column < width:
             column = 0  # so that settings of several first columns run together: that is worth more than few columns
         inside = [acts_on(parts.labels[number]).kind for number in shut if _stage(parts.labels[number], layers) == first]

@@ -28,6 +28,7 @@ from patchclamp.models.standing import Start, why_whole_vocabulary
 from patchclamp.models.tree import grow
 from patchclamp.parts.fallbacks import Fallback
 from patchclamp.parts.limits import Limits, limits_of
+from patchclamp.parts.pieces import pieces
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
@@ -87,33 +88,11 @@ def _by_examples(
     assert limits.examples is not None
     values: list[Tensor] = []
     found: list[Tensor] = []
-    for examples in torch.arange(len(batch)).split(limits.examples):
-        rows = torch.isin(batch.example.cpu(), examples).nonzero().flatten().to(batch.tokens.device)
-        mine = gates if gates.shape[1] == 1 else gates[:, examples]
-        of = parts if parts.added is None else parts.under(parts.added[rows])
-        pieces = _in_pieces(of, _only(batch, examples.tolist(), rows), mine, fallback, metric, limits)
-        values.append(torch.cat([value for value, _ in pieces]))
-        found.append(torch.cat([slope for _, slope in pieces]))
+    for of, some, mine in pieces(parts, batch, gates, limits.examples):
+        made = _in_pieces(of, some, mine, fallback, metric, limits)
+        values.append(torch.cat([value for value, _ in made]))
+        found.append(torch.cat([slope for _, slope in made]))
     return torch.cat(values, 1), torch.cat(found, 1)
-
-
-def _only(batch: Batch, examples: list[int], rows: Tensor) -> Batch:
-    """Neighbouring examples of a batch, which have the rows `rows`; as wide as the batch, so that columns keep their numbers."""
-    targets = torch.isin(batch.target_row, rows)
-    return replace(
-        batch,
-        tokens=batch.tokens[rows],
-        mask=batch.mask[rows],
-        corrupt=None if batch.corrupt is None else batch.corrupt[rows],
-        target_row=torch.searchsorted(rows, batch.target_row[targets]),
-        target_position=batch.target_position[targets],
-        answers=batch.answers[targets],
-        wrong=None if batch.wrong is None else batch.wrong[targets],
-        example=batch.example[rows] - examples[0],
-        sign=batch.sign[rows],
-        spans={name: span[rows] for name, span in batch.spans.items()},
-        examples=batch.examples[examples[0] : examples[-1] + 1],
-    )
 
 
 def _behind(parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback, metric: Metric) -> tuple[Start, Batch]:
