@@ -18,10 +18,10 @@ def pieces(parts: "Gated", batch: Batch, gates: Tensor, size: int) -> Iterator[t
     for examples in torch.arange(len(batch)).split(size):
         rows = torch.isin(batch.example.cpu(), examples).nonzero().flatten().to(batch.tokens.device)
         of = parts if parts.added is None else parts.under(parts.added[rows])
-        yield of, _only(batch, examples.tolist(), rows), gates if gates.shape[1] == 1 else gates[:, examples]
+        yield of, only(batch, examples.tolist(), rows), gates if gates.shape[1] == 1 else gates[:, examples]
 
 
-def _only(batch: Batch, examples: list[int], rows: Tensor) -> Batch:
+def only(batch: Batch, examples: list[int], rows: Tensor) -> Batch:
     """Neighbouring examples of a batch, which have the rows `rows`; as wide as the batch, so that columns keep their numbers."""
     targets = torch.isin(batch.target_row, rows)
     return replace(
