@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
+
+import checking
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,7 +21,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARAL
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
-install_import_hook("patchclamp", "beartype.beartype")
+jaxtyping.jaxtyped = checking.jaxtyped  # which the hook puts on every function
+jaxtyping.install_import_hook("patchclamp", "beartype.beartype")
 
 
 @pytest.fixture(scope="session")
