@@ -113,6 +113,15 @@ def test_kl_to_the_open_run() -> None:
     np.testing.assert_allclose(METRICS["kl"](reference[None], batch, reference), 0, atol=1e-12)
 
 
+def test_l2_to_the_open_run() -> None:
+    """Squared distance of all logits, mean over an answer's tokens."""
+    batch = batch_of(*OPEN)
+    logits, reference = drawn(batch), drawn(batch, 1, seed=1)[0]
+    per_target = ((logits.numpy() - reference.numpy()) ** 2).sum(-1)
+    expected = np.stack([per_target[:, :2].mean(1), per_target[:, 2]], 1)
+    np.testing.assert_allclose(METRICS["l2"](logits, batch, reference), expected, rtol=1e-12)
+
+
 def test_what_a_metric_needs_is_said() -> None:
     """Contrasts need wrong answers, KL the open run; an unknown name lists those there are."""
     batch = batch_of(*OPEN)

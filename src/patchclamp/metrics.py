@@ -102,6 +102,11 @@ def _kl(logits: Logits, batch: Batch, reference: Float[Tensor, "target token"] |
     return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
 
 
+def _l2(logits: Logits, batch: Batch, reference: Float[Tensor, "target token"] | None) -> Values:
+    assert reference is not None  # __call__ has checked
+    return (logits - reference.to(logits.dtype)).square().sum(-1)
+
+
 def _top1(logits: Logits, batch: Batch, _: object = None) -> Values:
     return (logits.argmax(-1)[..., None] == batch.answers).any(-1).to(logits.dtype)
 
@@ -115,11 +120,13 @@ METRICS: dict[str, Metric] = {
         Metric("log_probability", False, True, False, False, +1, _log_probability),
         Metric("nll", False, True, False, False, -1, lambda x, b, _: -_log_probability(x, b)),
         Metric("kl", False, True, True, True, -1, _kl),
+        Metric("l2", False, False, True, True, -1, _l2),
         Metric("top1", False, True, True, False, +1, _top1),
     )
 }
 """Every metric by name. `logit_diff` of several right or wrong tokens is the difference of their log-sum-exps; of answers
-of several tokens, the difference of mean log-probabilities per answer token."""
+of several tokens, the difference of mean log-probabilities per answer token. `l2` is the squared distance of the logits from the
+open run's, over the whole vocabulary."""
 
 
 def metric_named(name: str) -> Metric:
