@@ -1,6 +1,7 @@
 """Commands that ask something of a model and keep a run: map, gate, attribute, verify, discover, relate, trust."""
 
 import inspect
+import pkgutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,14 +27,23 @@ N = Annotated[int | None, typer.Option("--n", help="Prompts in all (fit : select
 Seed = Annotated[int | None, typer.Option(help="Of the draw, the split, the fits and the intervals. [default: 0]")]
 Metric = Annotated[str | None, typer.Option(help="logit_diff, log_probability, nll, ...; by default the task's.")]
 Fallback = Annotated[
-    str | None, typer.Option(help="What a closed gate passes: resample, mean, zero. [default: resample with pairs, else mean]")
+    str | None,
+    typer.Option(
+        help="What a closed gate passes: resample, mean, zero, optimal (learned constants). [default: resample with pairs, else mean]"
+    ),
 ]
 Second = Annotated[str | None, typer.Option(help="The fallback that effects are repeated under.")]
 Direction = Annotated[str | None, typer.Option(help="noising or denoising. [default: noising]")]
 Routing = Annotated[
     str | None, typer.Option(help="Of a mixture of experts: free, or frozen to that of the model's own run. [default: free]")
 ]
-Method = Annotated[str | None, typer.Option(help="exact, gradient, integrated, random. [default: integrated]")]
+METHODS = sorted(
+    module.name
+    for module in pkgutil.iter_modules([str(Path(__file__).parent.parent / "methods")])
+    if not module.name.startswith("_")
+)
+"""`methods.method_names()`, without what they import."""
+Method = Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [default: integrated]")]
 Budget = Annotated[str | None, typer.Option(help="Of the learned gates: default, code (the authors' code), paper (its text).")]
 Pressure = Annotated[float | None, typer.Option("--lambda", help="Pressure on the gates; by default the budget's.")]
 Faithfulness = Annotated[float | None, typer.Option(help="What the circuit is to keep. [default: 0.85]")]

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.errors import MetricError, NumericsError
+from patchclamp.methods._notes import noting
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.parts import Fallback, Parts
 from patchclamp.scores import Part, Scores
@@ -34,6 +35,13 @@ def method_named(name: str) -> Samples:
     if name not in method_names():
         raise MetricError(f"there is no method {name!r}: choose from {', '.join(method_names())}")
     return importlib.import_module(f"{__name__}.{name}").samples
+
+
+def passes_of(name: str, layers: int, parts: int) -> tuple[int, int]:
+    """(forward, backward) passes over a batch that the method called `name` takes of so many layers and parts, where it says so."""
+    if name not in method_names():
+        raise MetricError(f"there is no method {name!r}: choose from {', '.join(method_names())}")
+    return importlib.import_module(f"{__name__}.{name}").passes(layers, parts)
 
 
 def name_of(method: str | Samples) -> str:
@@ -89,7 +97,7 @@ def attribute(
         parts: which parts (`nodes(model)`).
         examples: on which prompts.
         fallback: what a closed gate passes (`parts.fallback(...)`).
-        method: exact, gradient, integrated, random; or a function as methods have it, taken to be exact.
+        method: a file of methods/ (`method_names()`); or a function as methods have it, taken to be exact.
         metric: by default the task's.
         direction: "noising" closes a part on the clean prompt, score = benefit(open) - benefit(closed); "denoising" runs the
             corrupt prompt and a closed gate puts in the clean value, score = benefit(closed) - benefit(open). In both,
@@ -101,14 +109,23 @@ def attribute(
 
     Cost: that of the method, per batch (see its file).
     """
-    table = effects(
-        parts, examples, fallback, method, metric=metric, direction=direction, batch_size=batch_size, seed=seed, progress=progress
-    )
+    with noting() as notes:
+        table = effects(
+            parts,
+            examples,
+            fallback,
+            method,
+            metric=metric,
+            direction=direction,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
     noise = noise_floor(parts, examples, fallback, metric) if name_of(method) == "exact" else None
     name = metric.name if isinstance(metric, Metric) else metric or examples.metric
     facts = {"method": name_of(method), "metric": name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
              "direction": direction, "model": parts.model.name, "task": examples.task}  # fmt: skip
-    facts |= {} if noise is None else {"noise_floor": noise}
+    facts |= notes if noise is None else {**notes, "noise_floor": noise}
     groups = groups_of(examples)
     return Scores.from_samples(counted(parts), table.double().numpy(), {**facts, **(about or {})}, groups, seed=seed, noise=noise)
 

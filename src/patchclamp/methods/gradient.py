@@ -16,6 +16,11 @@ from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks._batch import Batch
 
 
+def passes(layers: int, parts: int) -> tuple[int, int]:
+    """(forward, backward) passes over a batch."""
+    return 2, 1
+
+
 def samples(parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, seed: int) -> Float[Tensor, "part example"]:
     """[part, example]; raises `MetricError` for a metric whose slope is identically zero at the open run (KL to it)."""
     if metric.reference:

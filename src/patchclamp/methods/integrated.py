@@ -18,6 +18,11 @@ from patchclamp.tasks._batch import Batch
 STEPS = 16
 
 
+def passes(layers: int, parts: int) -> tuple[int, int]:
+    """(forward, backward) passes over a batch."""
+    return STEPS + 2, STEPS
+
+
 def samples(
     parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, seed: int, steps: int = STEPS
 ) -> Float[Tensor, "part example"]:

@@ -21,6 +21,8 @@ from patchclamp.sites import Site
 StandIn = Callable[..., Any]  # of a module's own forward and what it is called with
 STANDING: ContextVar[Mapping[int, StandIn]] = ContextVar("patchclamp_standing", default=MappingProxyType({}))
 """By id of a module: what this thread computes in its place."""
+RULED: ContextVar[Mapping[int, StandIn]] = ContextVar("patchclamp_ruled", default=MappingProxyType({}))
+"""By id of a module: its own forward function with another backward pass (`models.backward`), whatever else stands in for it."""
 VOCABULARY = 8192
 """Tokens whose logits are held at once where the normaliser is streamed."""
 
@@ -308,8 +310,9 @@ def replaceable(module: nn.Module) -> Undo:
     own, shadowed = module.forward, "forward" in vars(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        stand_in = STANDING.get().get(id(module))
-        return own(*args, **kwargs) if stand_in is None else stand_in(own, *args, **kwargs)
+        stand_in, rule = STANDING.get().get(id(module)), RULED.get().get(id(module))
+        call = own if rule is None else partial(rule, own)
+        return call(*args, **kwargs) if stand_in is None else stand_in(call, *args, **kwargs)
 
     module.forward = forward  # type: ignore[method-assign]
 
