@@ -12,6 +12,7 @@ from patchclamp.store.record import (
     Claim,
     Contrasts,
     Dynamics,
+    Localisation,
     ModelInfo,
     Null,
     Patterns,
@@ -90,6 +91,7 @@ def fake_record(hostile: str = "") -> Record:
         relations=relations(random),
         dynamics=dynamics(hostile),
         contrast=contrast(),
+        localisation=localisation(hostile),
         warnings=("Answers of 14 pairs take two tokens: these pairs were dropped.",),
     )  # fmt: skip
 
@@ -279,3 +281,40 @@ def contrast() -> Contrasts:
     parts = pl.DataFrame({"site": ["L2.h2"], "isolated": [1.0], "kept": [0.0]})
     about = {"a": "ioi", "b": "agreement", "n_a": 60, "n_b": 60, "fallback": "resample", "keep": 0.8, "lose": 0.2}
     return Contrasts(parts, evaluation, about, ("no control of mixed-up prompts",))
+
+
+def localisation(hostile: str) -> Localisation:
+    """Three methods on edges: exact and integrated agree, the gradient less."""
+    random = np.random.default_rng(3)
+    edges = ["embed>L0.kv3.v", "L0.h3>L0.mlp", "L0.mlp>L2.h2.q", "L0.mlp>L3.kv6.k", "L2.h2>L3.kv6.v", "L3.h6>L4.h1.q", "L3.h6>logits",
+             "L4.h1>logits", "L4.h6>logits", "L0.mlp>logits"]  # fmt: skip
+    exact = np.array([1.2, 0.8, 0.5, 0.3, 1.1, 0.9, 2.1, 1.5, -0.9, 0.05])
+    scores = pl.DataFrame(
+        {
+            "site": edges,
+            "exact": exact,
+            "integrated": exact + random.normal(0, 0.1, 10),
+            "gradient": exact + random.normal(0, 0.8, 10),
+        }
+    )
+    pairs = [("exact", "integrated", 0.97), ("exact", "gradient", 0.61), ("gradient", "integrated", 0.7)]
+    agreement = pl.DataFrame([{"a": a, "b": b, "spearman": value, "n": 10, "top": 0.8} for a, b, value in pairs])
+    curves = pl.DataFrame(
+        [{"method": method, "share": share, "parts": round(1000 * share), "faithfulness": min(1.0, good * share**0.2),
+          "low": 0.9 * good * share**0.2, "high": min(1.1, 1.1 * good * share**0.2)}
+         for method, good in (("exact", 1.1), ("integrated", 1.0), ("gradient", 0.8)) for share in (0.001, 0.01, 0.1, 0.5, 1.0)]
+    )  # fmt: skip
+    areas = pl.DataFrame(
+        [{"method": method, "name": name, "value": value, "low": value - 0.05, "high": value + 0.05}
+         for method, value in (("exact", 0.98), ("integrated", 0.95), ("gradient", 0.8)) for name in ("CPR", "CMD", "log_area")]
+    )  # fmt: skip
+    last = len(TOKENS) - 1
+    flow = pl.DataFrame(
+        [(0, 2, 3, "L0.h3", 0.5), (0, 10, 10, "residual", 0.4), (0, 10, 10, "L0.mlp", 0.6), (0, last, last, "residual", 0.9),
+         (1, 10, 10, "residual", 1.0), (1, 3, 3, "residual", 1.0), (1, last, last, "residual", 1.0), (2, 3, 10, "L2.h2", 0.4),
+         (2, 10, 10, "residual", 0.6), (2, last, last, "residual", 1.0), (3, 10, last, "L3.h6", 0.7), (3, last, last, "residual", 0.3)],
+        schema=["level", "source", "target", "part", "share"], orient="row",
+    )  # fmt: skip
+    about = {"parts": "edges", "of": 1000, "methods": ["exact", "integrated", "gradient"], "n": 60, "judged": 60, "metric": "logit_diff",
+             "fallback": "resample"}  # fmt: skip
+    return Localisation(scores, agreement, curves, areas, Circuit(edges[:9], {"group": 1}), flow, marked(hostile), about)

@@ -113,7 +113,7 @@ def test_a_browser_draws_every_chart(tmp_path: Path, hostile: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     drawn = done.stdout
     assert "could not be drawn" not in drawn[: drawn.index("<footer>")]
-    assert len(re.findall(r'<svg[^>]+class="marks"', drawn)) == html.count("data-chart>") == 22
+    assert len(re.findall(r'<svg[^>]+class="marks"', drawn)) == html.count("data-chart>") == 26
     assert "<img" not in drawn[: drawn.index("<footer>")]
 
 
@@ -156,7 +156,7 @@ def test_every_section_has_its_numbers() -> None:
 
 def test_what_was_not_done_is_not_tested() -> None:
     page = Page(render(bare_record()))
-    assert len(re.findall("Not tested:", page.words)) == 14
+    assert len(re.findall("Not tested:", page.words)) == 15
     assert not without_library(page)
 
 
@@ -197,7 +197,7 @@ def rows_of(chart: Any) -> list[list[dict[str, Any]]]:
 RECORD = fake_record()
 assert RECORD.curve is not None and RECORD.toggles is not None and RECORD.circuit is not None
 assert RECORD.patterns is not None and RECORD.trust is not None and RECORD.relations is not None
-assert RECORD.dynamics is not None
+assert RECORD.dynamics is not None and RECORD.localisation is not None
 CHARTS: dict[str, Callable[[], Any]] = {
     "role_map": lambda: figures.role_map(RECORD.scores),
     "effect_map": lambda: figures.effect_map(RECORD.scores),
@@ -208,6 +208,9 @@ CHARTS: dict[str, Callable[[], Any]] = {
     "faithfulness_curve": lambda: figures.faithfulness_curve(RECORD.curve, RECORD.random, 7),
     "minimality_bars": lambda: figures.minimality_bars(RECORD.trust.minimality),
     "circuit_drawing": lambda: figures.circuit_drawing(RECORD.circuit, RECORD.scores),
+    "method_agreement": lambda: figures.method_agreement(RECORD.localisation.agreement),
+    "faithfulness_curves": lambda: figures.faithfulness_curves(RECORD.localisation.curves),
+    "flow_graph": lambda: figures.flow_graph(RECORD.localisation.flow, RECORD.localisation.tokens),
     "attention_pattern": lambda: figures.attention_pattern(RECORD.patterns, 0),
     "interaction_matrix": lambda: figures.interaction_matrix(RECORD.relations.pairs, RECORD.relations.parts),
     "connectome": lambda: figures.connectome(RECORD.relations.pairs, RECORD.relations.parts),
@@ -265,4 +268,20 @@ def test_circuit_of_edges_is_drawn_as_it_is() -> None:
     circuit = Circuit(["embed>L0.h1.q", "L0.h1>L1.mlp", "L1.mlp>logits"])
     drawn = rows_of(figures.circuit_drawing(circuit))
     assert [len(values) for values in drawn] == [3, 4, 4]  # lines, marks, names
+    assert [row["read"] for row in drawn[0]] == ["query", "MLP", "logits"]
     assert isinstance(figures.circuit_drawing(Circuit([])), alt.LayerChart)
+
+
+def test_edges_are_as_wide_as_their_effects() -> None:
+    found = RECORD.localisation
+    assert found is not None and found.circuit is not None
+    lines = {row["edge"]: row["width"] for row in rows_of(figures.circuit_drawing(found.circuit, found.scores))[0]}
+    effects = dict(found.scores.select("site", "exact").iter_rows())
+    assert max(lines, key=lambda edge: lines[edge]) == "L3.h6>logits" and lines["L3.h6>logits"] == 5
+    assert lines["L4.h6>logits"] == pytest.approx(1 + 4 * abs(effects["L4.h6>logits"]) / effects["L3.h6>logits"])
+
+
+def test_agreement_of_methods_is_symmetric_with_exact_first() -> None:
+    cells = {(row["a"], row["b"]): row["value"] for row in rows_of(CHARTS["method_agreement"]())[0]}
+    assert cells["exact", "gradient"] == cells["gradient", "exact"] == 0.61 and cells["exact", "exact"] == 1
+    assert next(iter(cells)) == ("exact", "exact") and len(cells) == 9

@@ -1,45 +1,38 @@
-"""Charts of what happens as parts are closed, of the circuit, and of attention; `patchclamp.report.figures` has them all."""
+"""Charts of what happens as parts are closed, and of attention; `patchclamp.report.figures` has them all."""
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import altair as alt
 import polars as pl
 
-from patchclamp.circuit import Circuit
 from patchclamp.report.look import (
     BARE,
     BLUE,
     INK,
     ORANGE,
     QUIET,
-    ROLES,
     SEQUENTIAL,
+    STROKES,
     Chart,
     Width,
-    by_role,
-    clean,
     data,
     line,
-    spoken,
+    printable,
     styled,
 )
-from patchclamp.sites import Edge, Site
 from patchclamp.store.record import Patterns
 
 _LINES = ["#0072B2", "#D55E00", "#6f6a63", "#009E73", "#9C5A87"]
 _DASHES = [[1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [4, 4]]
-_ENDS = ("embed", "logits")
-_STROKES = alt.Legend(symbolType="stroke", symbolSize=320, symbolStrokeWidth=2.5, symbolOpacity=1, columns=2)
 
 
 def toggle_curves(toggles: pl.DataFrame, label: str = "metric", width: Width = 560) -> Chart:
     """The toggle check: `label` as parts are closed one after another, in the order of each score; bands are 95 % intervals."""
     orders = toggles["order"].unique(maintain_order=True).to_list()
     title = "closed in the order of"
-    colour = alt.Color("order:N", title=title, scale=alt.Scale(domain=orders, range=_LINES), legend=_STROKES)
-    dash = alt.StrokeDash("order:N", title=title, scale=alt.Scale(domain=orders, range=_DASHES), legend=_STROKES)
+    colour = alt.Color("order:N", title=title, scale=alt.Scale(domain=orders, range=_LINES), legend=STROKES)
+    dash = alt.StrokeDash("order:N", title=title, scale=alt.Scale(domain=orders, range=_DASHES), legend=STROKES)
     base = data(toggles.select("order", "k", "value", "low", "high").to_dicts())
     base = base.encode(alt.X("k:Q", title="parts closed", axis=alt.Axis(tickMinStep=1)), colour)
     y = alt.Y("low:Q", title=label, scale=alt.Scale(zero=False))
@@ -66,9 +59,9 @@ def faithfulness_curve(
     chance = [] if random is None else [{**row, "what": "random circuits"} for row in _band(random).to_dicts()]
     kinds = ["the circuit", "lost without it", *(["random circuits"] if chance else [])]
     colour = alt.Color(
-        "what:N", title=None, scale=alt.Scale(domain=kinds, range=[BLUE, ORANGE, QUIET][: len(kinds)]), legend=_STROKES
+        "what:N", title=None, scale=alt.Scale(domain=kinds, range=[BLUE, ORANGE, QUIET][: len(kinds)]), legend=STROKES
     )
-    dash = alt.StrokeDash("what:N", title=None, scale=alt.Scale(domain=kinds, range=_DASHES[: len(kinds)]), legend=_STROKES)
+    dash = alt.StrokeDash("what:N", title=None, scale=alt.Scale(domain=kinds, range=_DASHES[: len(kinds)]), legend=STROKES)
     x = alt.X("k:Q", title="parts in the circuit", axis=alt.Axis(tickMinStep=1))
     y = alt.Y("value:Q", title="faithfulness (0: all closed, 1: all open)")
     tips = ["what:N", alt.Tooltip("k:Q", title="parts"), alt.Tooltip("value:Q", format=".3f", title="faithfulness")]
@@ -95,44 +88,9 @@ def minimality_bars(minimality: Mapping[str, float], width: Width = 380) -> Char
     return styled(bars, "What closing each part of the circuit costs.", width, alt.Step(22))
 
 
-def circuit_drawing(circuit: Circuit, scores: pl.DataFrame | None = None, width: Width = 560) -> Chart:
-    """The circuit's heads (circles) and MLPs (squares) by layer, input below, logits above.
-
-    Size is |exact effect|, colour the role. A line joins each part to those of the next layer that has any: it may read what
-    the other wrote. Edges of a circuit of edges are drawn as they are.
-    """
-    edges = [(_owner(site.source), _owner(site.target)) for site in circuit if isinstance(site, Edge)]
-    ends = {site for pair in edges for site in pair}
-    sites = sorted({site for site in circuit if not isinstance(site, Edge)} | ends)
-    layers = sorted({site.layer for site in sites if site.layer is not None})
-    order = [["embed"], *([str(site) for site in sites if site.layer == layer] for layer in layers), ["logits"]]
-    place = {name: (i - (len(level) - 1) / 2, y) for y, level in enumerate(order) for i, name in enumerate(level)}
-    joined = [(str(a), str(b)) for a, b in edges] or [(a, b) for low, high in pairwise(order) for a in low for b in high]
-    lines = [{"x": place[a][0], "y": place[a][1], "x2": place[b][0], "y2": place[b][1]} for a, b in joined]
-    known = {} if scores is None else {row["site"]: row for row in map(clean, scores.to_dicts())}
-    largest = max((abs(known[name].get("exact") or 0) for name in place if name in known), default=0) or 1.0
-    nodes = [_node(name, known.get(name, {}), largest, place[name]) for name in place]
-    there = [role for role in (*ROLES, "no role") if any(node["role"] == role for node in nodes)]
-    span = max(abs(x) for x, _ in place.values()) + 0.6
-    x = alt.X("x:Q", axis=None, scale=alt.Scale(domain=[-span, span], nice=False))
-    y = alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[-0.5, len(order) - 0.5], nice=False))
-    base = data(nodes).encode(x, y)
-    tips = [alt.Tooltip("site:N", title="part"), alt.Tooltip("role:N"), alt.Tooltip("effect:N", title="exact effect")]
-    marks = base.mark_point(filled=True, opacity=1, stroke="white", strokeWidth=1.5).encode(
-        color=by_role(there),
-        size=alt.Size("size:Q", legend=None, scale=None),
-        shape=alt.Shape("shape:N", legend=None, scale=None),
-        tooltip=tips,
-    )
-    words = base.mark_text(dy=21, fontSize=10.5, color=INK, stroke=None).encode(text="site:N")
-    rules = data(lines).mark_rule(color=QUIET, opacity=0.35, strokeWidth=1).encode(x, y, alt.X2("x2:Q"), alt.Y2("y2:Q"))
-    described = f"The circuit by layer, input below: {', '.join(map(str, circuit)) or 'no part'}."
-    return styled(alt.layer(rules, marks, words), described, width, 66 * len(order))
-
-
 def attention_pattern(patterns: Patterns, head: int, width: Width = 260) -> Chart:
     """One head's attention, queries downwards and keys to the right, with the tokens at the sides."""
-    names = [f"{i} {_printable(token)}" for i, token in enumerate(patterns.tokens)]
+    names = [f"{i} {printable(token)}" for i, token in enumerate(patterns.tokens)]
     rows = [
         {"query": query, "key": key, "weight": round(float(weight), 4)}
         for query, line in zip(names, patterns.weights[head], strict=True)
@@ -153,32 +111,7 @@ def attention_pattern(patterns: Patterns, head: int, width: Width = 260) -> Char
     return styled(squares, f"Attention pattern of {patterns.sites[head]}.", width, 270)
 
 
-def _printable(token: str) -> str:
-    """Tokens become parts of Vega expressions (its order of categories), which a line separator would break."""
-    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in token.strip(" ") or "␣")
-
-
 def _band(random: pl.DataFrame) -> pl.DataFrame:
     value = pl.col("faithfulness")
     low, high = (value.quantile(share, "linear") for share in (0.025, 0.975))
     return random.group_by("k").agg(value.median().alias("value"), low.alias("low"), high.alias("high")).sort("k")
-
-
-def _owner(end: Site) -> Site:
-    """The part that an end of an edge belongs to; a key or value that heads share is a node of its own."""
-    return end if end.layer is None or end.kind in ("mlp", "k", "v") else Site("head", end.layer, end.index)
-
-
-def _node(name: str, row: Mapping[str, Any], largest: float, place: tuple[float, int]) -> dict[str, Any]:
-    shape = "triangle-up" if name in _ENDS else "square" if name.endswith("mlp") else "circle"
-    size = 110 if name in _ENDS else 180 + 620 * abs(row.get("exact") or 0) / largest
-    role = "no role" if name in _ENDS else row.get("role") or "no role"
-    return {
-        "site": name,
-        "role": role,
-        "size": size,
-        "shape": shape,
-        "effect": spoken(row, "exact"),
-        "x": place[0],
-        "y": place[1],
-    }

@@ -46,6 +46,14 @@ def charts(record: Record) -> dict[str, figures.Chart]:
         found["connectome"] = figures.connectome(record.relations.pairs, record.relations.parts)
         if "association" in record.relations.pairs.columns:
             found["causal-statistical"] = figures.causal_against_statistical(record.relations.pairs)
+    if (methods := record.localisation) is not None:
+        found["method-agreement"] = figures.method_agreement(methods.agreement)
+        if methods.curves.height:
+            found["method-faithfulness"] = figures.faithfulness_curves(methods.curves)
+        if methods.circuit is not None and len(methods.circuit):
+            found["localised-circuit"] = figures.circuit_drawing(methods.circuit, methods.scores)
+        if methods.flow is not None and methods.flow.height:
+            found["flow"] = figures.flow_graph(methods.flow, methods.tokens)
     for head, site in enumerate(record.patterns.sites if record.patterns is not None else ()):
         assert record.patterns is not None
         found[f"pattern-{site}"] = figures.attention_pattern(record.patterns, head)

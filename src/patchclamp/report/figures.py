@@ -11,7 +11,8 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from patchclamp.report.curves import attention_pattern, circuit_drawing, faithfulness_curve, minimality_bars, toggle_curves
+from patchclamp.report.circuits import circuit_drawing, faithfulness_curves, flow_graph, method_agreement
+from patchclamp.report.curves import attention_pattern, faithfulness_curve, minimality_bars, toggle_curves
 from patchclamp.report.look import (
     BARE,
     BLUE,
@@ -41,7 +42,10 @@ __all__ = [
     "connectome",
     "effect_map",
     "faithfulness_curve",
+    "faithfulness_curves",
+    "flow_graph",
     "interaction_matrix",
+    "method_agreement",
     "minimality_bars",
     "null_gates",
     "null_shares",

@@ -24,6 +24,7 @@ SEQUENTIAL = DIVERGING[3:]
 INK, QUIET, RULE = "#22201d", "#6f6a63", "#dcd7cf"
 BLUE, ORANGE = ROLES["facilitating"][1], ROLES["interfering"][1]
 BARE: dict[str, Any] = {"domain": False, "ticks": False}  # an axis of names
+STROKES = alt.Legend(symbolType="stroke", symbolSize=320, symbolStrokeWidth=2.5, symbolOpacity=1, columns=2)
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif"
 
 
@@ -73,3 +74,8 @@ def by_role(there: Sequence[str], legend: bool = False, part: int = 1) -> alt.Co
         if legend
         else alt.Color("role:N", legend=None, scale=scale)
     )
+
+
+def printable(token: str) -> str:
+    """Tokens become parts of Vega expressions (its order of categories), which a line separator would break."""
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in token.strip(" ") or "␣")

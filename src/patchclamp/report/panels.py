@@ -70,6 +70,8 @@ def context(record: Record) -> dict[str, Any]:
         "relation_figures": _relations(record),
         "named": _named(record),
         "switching": _switching(record),
+        "localised": _localised(record),
+        "areas": _areas(record),
         "patterns": _patterns(record),
         "prompts": [_prompt(prompt) for prompt in record.examples],
         "plan": json.dumps(plain(record.plan), indent=2, ensure_ascii=False),
@@ -179,6 +181,40 @@ def _switching(record: Record) -> Figure | None:
     return _figure(
         "switching", figures.switching_map(record.dynamics.gates, "container"), "Gates of parts that switch, by unseen input"
     )
+
+
+def _localised(record: Record) -> list[Figure]:
+    found = record.localisation
+    if found is None:
+        return []
+    drawn = [
+        _figure(
+            "method-agreement", figures.method_agreement(found.agreement, "container"), "Rank correlation of every two methods"
+        )
+    ]
+    if found.curves.height:
+        drawn.append(_figure("method-faithfulness", figures.faithfulness_curves(found.curves, "container"),
+                             "Circuits of every size, parts in the order of each method"))  # fmt: skip
+    if found.circuit is not None and len(found.circuit):
+        chart = figures.circuit_drawing(found.circuit, found.scores, "container")
+        drawn.append(
+            _figure("localised-circuit", chart, f"{len(found.circuit)} {found.about.get('parts', 'parts')}, input below")
+        )
+    if found.flow is not None and found.flow.height:
+        drawn.append(
+            _figure("flow", figures.flow_graph(found.flow, found.tokens, "container"), "Routes to the last token of one prompt")
+        )
+    return drawn
+
+
+def _areas(record: Record) -> list[dict[str, Any]]:
+    """A row per method: CPR, CMD and the area over log k, each with its interval."""
+    if record.localisation is None:
+        return []
+    rows: dict[str, dict[str, Any]] = {}
+    for row in map(clean, record.localisation.areas.to_dicts()):
+        rows.setdefault(row["method"], {"method": row["method"]})[row["name"]] = _interval(row, "value", "low", "high")
+    return list(rows.values())
 
 
 def _named(record: Record) -> list[dict[str, Any]]:

@@ -256,6 +256,32 @@ class Contrasts:
 
 
 @dataclass(frozen=True)
+class Localisation:
+    """Several methods on the same parts: how they agree, and how faithful the circuits are that they choose.
+
+    Args:
+        scores: a row per part: site, exact where it was measured, and a column per method.
+        agreement: a row per two methods: a, b, spearman, n (parts that both score), top (share of the first tenth of parts that they have in
+            common).
+        curves: a row per method and size: method, share, parts, faithfulness, low, high.
+        areas: a row per method, order and area: method, name (CPR, CMD, log_area), value, low, high.
+        circuit: edges or parts, with what chose them; None where none was chosen.
+        flow: information flow routes of one prompt: level, source, target, part, share; None where they were not drawn.
+        tokens: of that prompt.
+        about: parts (nodes, edges, ...), how many, metric, fallback, n, seed, passes by method.
+    """
+
+    scores: pl.DataFrame
+    agreement: pl.DataFrame
+    curves: pl.DataFrame
+    areas: pl.DataFrame
+    circuit: Circuit | None = None
+    flow: pl.DataFrame | None = None
+    tokens: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
 class Record:
     """One study, as the report reads it.
 
@@ -283,6 +309,7 @@ class Record:
         relations: how parts go together.
         dynamics: gates that are a function of the input.
         contrast: another behaviour lost while this one is kept.
+        localisation: several methods on the same parts, side by side.
     """
 
     headline: str
@@ -306,6 +333,7 @@ class Record:
     relations: Relations | None = None
     dynamics: Dynamics | None = None
     contrast: Contrasts | None = None
+    localisation: Localisation | None = None
 
     def __post_init__(self) -> None:
         needed = {"scores": tuple(SCORE_COLUMNS)[:4], **FRAMES}
