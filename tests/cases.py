@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+import patchclamp.models.normless  # noqa: F401 (imported, it is known to AutoConfig and AutoModelForCausalLM)
+
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 64, "head_dim": 8,
@@ -48,6 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": _GPT | {"rotary_dim": 4},
     "gpt_neo": _OLD | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4,
                        "max_position_embeddings": 64},
+    "normless": _PLAIN | {"head_dim": 8, "causal": True},
 }  # fmt: skip
 """Configurations by family; a name after a dash is a variant. Weights are drawn large enough for every part to matter."""
 

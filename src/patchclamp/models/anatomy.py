@@ -51,6 +51,7 @@ class Anatomy:
     norm: nn.Module
     unembed: nn.Module
     parallel: bool
+    causal: bool
     takes_positions: bool
     keeps_logits: bool
     sizes: tuple[Sizes, ...] = ()
@@ -168,6 +169,7 @@ def dissect(hf: nn.Module) -> Anatomy:
         norm=must(base, family.norm, "final norm"),
         unembed=must(base, family.unembed, "unembedding"),
         parallel=parallel,
+        causal=family.causal(text),
         takes_positions="position_ids" in parameters,
         keeps_logits="logits_to_keep" in parameters,
     )

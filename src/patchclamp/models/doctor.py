@@ -82,7 +82,7 @@ class Diagnosis:
 
 
 def examine(model: Model) -> Diagnosis:
-    """Prove on five tokens that the model's sites are what they are called.
+    """Prove on five tokens that the model's sites are what they are called; that nothing looks ahead, where the model is causal.
 
     Cost: about 7 forward passes, and one for each of at most 17 kinds of site with as many rows as the model has layers.
     """
@@ -95,7 +95,8 @@ def examine(model: Model) -> Diagnosis:
         return Diagnosis(model.name, anatomy.family.name, (fires(torch.inf, 0.0, EXACT, str(error)),))
     bad = 0.0 if bool(values[Site("logits")].isfinite().all()) else torch.inf
     first = (fires(0.0, 0.0, EXACT), Invariant("logits are numbers", "no NaN or infinite logits", bad, 0.0, EXACT))
-    checks = (*(partial(_rule, rule) for rule in RULES), _observing, _identity, _final, _look_ahead, _padding, _effects)
+    ahead = (_look_ahead,) if anatomy.causal else ()
+    checks = (*(partial(_rule, rule) for rule in RULES), _observing, _identity, _final, *ahead, _padding, _effects)
     return Diagnosis(model.name, anatomy.family.name, (*first, *(check(model, values, tokens) for check in checks)))
 
 

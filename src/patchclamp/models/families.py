@@ -60,6 +60,8 @@ class Family:
     """Whether the MLP sees [row x position, width]."""
     mlp_mutated: bool = False
     """Whether the block adds into the MLP's output in place."""
+    causal: Callable[[Config], bool] = _always
+    """Whether positions see none that come after them."""
     refuse: Callable[[Config], str | None] = lambda config: None
     """A reason why this configuration is not understood, or None."""
 
@@ -137,6 +139,7 @@ FAMILIES: tuple[Family, ...] = (
         output="self_attention.dense", attn="self_attention.dense", mlp="mlp.dense_4h_to_h", down="mlp.dense_4h_to_h",
         interface=False, refuse=_bloom_refuses,
     ),
+    Family("normless", ("normless",), first="self_attn", causal=lambda config: bool(config.causal)),
     Family(
         "falcon", ("falcon",), blocks="transformer.h", norm="transformer.ln_f", attention="self_attention",
         output="self_attention.dense", attn="self_attention", down="mlp.dense_4h_to_h", parallel=_falcon_parallel,

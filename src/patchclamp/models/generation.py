@@ -53,11 +53,13 @@ def generate(
 
     Raises:
         GateError: an edit that does not fit, a sampling setting out of range.
-        ModelError: nothing to run; stop strings without a tokenizer.
+        ModelError: nothing to run; stop strings without a tokenizer; the model looks both ways, so that nothing follows.
         NumericsError: NaN logits.
     """
     if max_new_tokens < 1:
         raise ModelError(f"max_new_tokens={max_new_tokens} was asked: it must be 1 or more")
+    if not model.anatomy.causal:
+        raise ModelError(f"{model.name} labels every position and looks both ways: it has no next token to generate, so run it")
     if model.tokenizer is None and any(isinstance(end, str) for end in stop):
         raise ModelError("stop strings need a tokenizer, and this model came without: give token ids")
     batch = prompts_of(model.batch(prompts)).to(model.device)

@@ -68,14 +68,17 @@ def mixing(anatomy: Anatomy, values: Values) -> Worst:
 
 
 def sums(anatomy: Anatomy, values: Values) -> Worst:
-    """Rows of patterns are not negative and sum to one (to less, where a sink takes a share), none of it ahead of the query."""
+    """Rows of patterns are not negative and sum to one (to less, where a sink takes a share).
+
+    None of it is ahead of the query, unless the model looks both ways.
+    """
     worst = Worst()
     for layer in range(len(anatomy.layers)):
         pattern = values[Site("pattern", layer)].double()
         total = pattern.sum(-1)
         sink = getattr(anatomy.layers[layer].attention, "sinks", None) is not None
         off = (total - 1).clamp(min=0) if sink else (total - 1).abs()
-        ahead = pattern.triu(1).abs().max()
+        ahead = pattern.triu(1).abs().max() if anatomy.causal else pattern.new_zeros(())
         worst |= Worst(float(torch.stack([off.max(), ahead, -pattern.min()]).max()), f"L{layer}")
     return worst
 
@@ -129,7 +132,7 @@ class Rule:
 RULES: tuple[Rule, ...] = (
     Rule("residual stream is the sum", "before a block + what attention and MLP write = after it = before the next", stream),
     Rule("pattern @ v = z", "what the pattern mixes is what the output projection reads", mixing),
-    Rule("patterns sum to one", "rows sum to one (less with a sink), nothing ahead of the query", sums),
+    Rule("patterns sum to one", "rows sum to one (less with a sink), nothing ahead of a causal query", sums),
     Rule("heads and bias are attention", "the heads' writes and the output bias sum to what attention writes", heads, True),
     Rule("neurons make the MLP", "the down projection of the neurons is the MLP's output", neurons),
 )

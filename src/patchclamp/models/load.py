@@ -77,6 +77,8 @@ def _model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    import patchclamp.models.normless  # noqa: F401 (imported, it is known to AutoModelForCausalLM)
+
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ModelError(f"there is no dtype {dtype!r}: give float32, bfloat16, float16 or float64")
     asked = {"revision": revision, "device_map": device_map, "quantization_config": quantization}

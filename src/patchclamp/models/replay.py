@@ -137,7 +137,10 @@ def _negated(value: Tensor, seen: Seen, /) -> Tensor:
 
 
 def _disproof(model: Model) -> str:
-    """Three runs that scale parts of the last block, from the first column and from a later one, in every way of starting."""
+    """Three runs that scale parts of the last block, from the first column and from a later one, in every way of starting.
+
+    Where attention looks both ways every run starts at the first column: a later one changes those before it.
+    """
     last, batch = model.layers - 1, token_batch(probe_tokens(model.anatomy))
     edits: Edits = {Site("z", last): _halved, Site("mlp.write", last): _negated}
     wanted, patterns = torch.tensor([3, 4], device=model.device), [(0,) * (2 * last + 1) + (kind, 0) for kind in (1, 2, 3)]
@@ -145,7 +148,7 @@ def _disproof(model: Model) -> str:
         with torch.no_grad():
             plain = model.forward(batch, edits)[:, 3:].repeat(3, 1, 1)
             kept, found = reference(model, batch, projected=True), list[Tensor]()
-            for column in (0, 2):
+            for column in (0, 2) if model.anatomy.causal else (0,):
                 for joins in ([0, last, last], [last, last, last], [0, 0, last]):
                     start = kept.behind(column, grow(patterns, joins))
                     found.append(model.forward(batch, edits, start=start)[:, 3 - column :])

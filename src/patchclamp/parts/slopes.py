@@ -109,7 +109,8 @@ def _behind(parts: "Gated", batch: Batch, gates: Tensor, fallback: Fallback, met
             return plain() if frozen else Start(), batch
     columns = [0 if (at := site.position) is None else _first(batch, at) for site in parts.labels]
     column = min(max(fallback.since(batch), min(columns)), int(batch.target_position.min()))
-    column = 0 if 4 * column < width else column  # keys and values of few columns cost more than they spare
+    if 4 * column < width or not model.anatomy.causal:
+        column = 0  # keys and values of few columns cost more than they spare; where attention looks both ways, none are final
     first = _first_block(parts)
     behind = 1 - first / model.layers
     spares = len(gates) * (1 + behind - 2 * behind * (1 - column / width)) > 1.1  # forward passes, of which a reference takes one

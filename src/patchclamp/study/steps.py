@@ -135,6 +135,9 @@ def _prompt(model: Model, examples: Examples, i: int, metric: str) -> Prompt:
         )
 
     def chance(answers: tuple[tuple[int, ...], ...]) -> float:
+        if example.read:
+            places = [example.spans[name][1] - 1 for name in example.read]
+            return float(logp[places, [answer[0] for answer in answers]].exp().mean())
         if len(answers[0]) == 1:
             return float(logp[-1, [answer[0] for answer in answers]].exp().sum())
         # the last token of the answer is not read: in a model of few positions there is no room for it
@@ -143,7 +146,7 @@ def _prompt(model: Model, examples: Examples, i: int, metric: str) -> Prompt:
 
     return Prompt(
         tokens=examples.texts(i),
-        probabilities=(None, *given.exp().tolist()),
+        probabilities=(None,) * len(example.clean) if example.read else (None, *given.exp().tolist()),
         answer=_shown(example.pair.answer),
         p_answer=chance(example.answers),
         metric=float(value[0, 0]),

@@ -6,6 +6,7 @@ raises `Misfit`, which says why and on which words; `Task.examples` counts it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import eq
 
 from patchclamp.errors import TaskError
 from patchclamp.tasks._chat import Chat, messages_of, render, shift_spans
@@ -72,7 +73,8 @@ def _encode(encoder: Encoder, pair: Pair) -> Example:
             raise Misfit("answers are split differently after the corrupt prompt", _words(alternatives))
         _check_tokens(encoder, pair, (corrupt,), longest)
     group = pair.group or "|".join(sorted(str(part) for part in (pair.clean, pair.corrupt)))
-    return Example(clean.tokens, right, pair, corrupt, wrong, _token_spans(encoder, pair, clean), group=group)
+    spans = _token_spans(encoder, pair, clean)
+    return Example(clean.tokens, right, pair, corrupt, wrong, spans, group=group, read=pair.read)
 
 
 def _side(encoder: Encoder, prompt: Prompt, alternatives: Answers, special: Tokens | None = None) -> _Side:
@@ -117,11 +119,12 @@ def _check_answers(encoder: Encoder, pair: Pair, right: tuple[Tokens, ...], wron
         if not all(found):
             raise Misfit("answer has no token of its own", _words(given))
         long = [one for one, tokens in zip(given, found, strict=True) if len(tokens) > 1]
-        if long and encoder.single:
+        if long and (encoder.single or pair.read):
             raise Misfit("answer of several tokens", _words(long))
         if long and len(found) > 1:
             raise Misfit("one of several alternatives takes several tokens (alternatives must be single tokens)", _words(long))
-    if set(right) & set(wrong):
+    same = any(map(eq, right, wrong)) if pair.read else bool(set(right) & set(wrong))
+    if same:
         raise Misfit("answer and wrong answer are the same", _words(pair.answer))
 
 

@@ -20,7 +20,8 @@ class Example:
 
     `answers` and `wrong` hold alternatives, each a tuple of token ids; several alternatives are single tokens. Spans are
     half-open token ranges in `clean` (and, since they align, in `corrupt`); `end` is the last prompt token. In plain text
-    `targets` are the positions whose token is to be predicted from what precedes it.
+    `targets` are the positions whose token is to be predicted from what precedes it. Where `read` names spans, `answers` and
+    `wrong` hold one token for each of them, right or wrong at the span's last token.
     """
 
     clean: Tokens
@@ -31,11 +32,12 @@ class Example:
     spans: Mapping[str, Range] = field(default_factory=dict[str, Range])
     targets: Tokens = ()
     group: str = ""
+    read: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[object, ...]:
         """What makes two examples the same."""
-        return self.clean, self.corrupt, self.answers, self.wrong, self.targets
+        return self.clean, self.corrupt, self.answers, self.wrong, self.targets, self.read
 
     def mirror(self) -> "Example":
         """The example in the other direction: clean and corrupt, right and wrong exchanged."""
@@ -70,7 +72,7 @@ class Examples:
     pad: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("corrupt", "wrong", "targets"):
+        for name in ("corrupt", "wrong", "targets", "read"):
             have = sum(bool(getattr(item, name)) for item in self.items)
             if 0 < have < len(self.items):
                 raise TaskError(f"{have} of {len(self.items)} examples of {self.task!r} have {name!r}: all must have it, or none")
@@ -146,7 +148,7 @@ class Examples:
         alike: dict[object, list[int]] = {}
         for i, item in enumerate(self.items):
             lengths = len(item.answers[0]), len(item.wrong[0]) if item.wrong else 0
-            alike.setdefault(lengths, []).append(i)
+            alike.setdefault((lengths, item.read), []).append(i)
         items = list(self.items)
         for places in alike.values():
             for to, origin in zip(places, rng.sample(places, len(places)), strict=True):

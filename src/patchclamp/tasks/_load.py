@@ -38,7 +38,7 @@ def load_task(
     """The task called `source`.
 
     Args:
-        source: name of a built-in task; `.jsonl`, `.csv`, `.parquet` or `.txt` file; Python file or dotted name (`name` or
+        source: name of a built-in task; `zoo/NAME`, the task of a compiled program; `.jsonl`, `.csv`, `.parquet` or `.txt` file; Python file or dotted name (`name` or
             `name:attribute`) with `TASK` or `task(**options)`; or rows: a list of mappings, a Hugging Face dataset, a polars
             or pandas frame.
         columns: our name -> name of the column in a file or in rows (`{"clean": "sentence_good"}`).
@@ -69,6 +69,9 @@ def _found(source: Any, columns: Mapping[str, str] | None, options: Mapping[str,
         return _built(module, source, "task", _no_columns(source, columns, options))
     if not isinstance(source, str | Path):
         return rows_task(source, columns, **parsed_options(_row_options, "rows", options))
+    if isinstance(source, str) and source.startswith("zoo/"):
+        programs = _dotted_module("patchclamp.zoo.compiled.tasks")  # by name, as a module of the user's own
+        return _built(programs, source, "task", {"program": source.removeprefix("zoo/"), **_no_columns(source, columns, options)})
     path = Path(source)
     if path.suffix in suffixes():
         return read_task(path, columns, **parsed_options(_row_options, path.name, options))

@@ -39,6 +39,8 @@ class Pair:
         group: pairs of one group (a template, a word) stay in one set when a task is split, and intervals resample groups.
         mirrors: whether `wrong` is right after `corrupt`, so that the pair can be read in the other direction.
         targets: for plain text, the ranges of characters (or of tokens) to be predicted; None for all.
+        read: for models that answer inside the prompt (they label positions, rather than continue): names of spans. `answer` and
+            `wrong` then hold one answer each per span, which is read at the span's last token.
 
     Raises:
         TaskError: a field has the wrong form.
@@ -52,6 +54,7 @@ class Pair:
     group: str
     mirrors: bool
     targets: tuple[Range, ...] | None
+    read: tuple[str, ...]
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Pair:
         group: str = "",
         mirrors: bool = True,
         targets: Sequence[Sequence[int]] | None = None,
+        read: Sequence[str] = (),
     ) -> None:
         fix = object.__setattr__
         fix(self, "clean", as_prompt(clean, "clean"))
@@ -73,17 +77,20 @@ class Pair:
         fix(self, "group", group)
         fix(self, "mirrors", mirrors)
         fix(self, "targets", None if targets is None else tuple(as_range(span, "a target") for span in targets))
+        fix(self, "read", tuple(read))
         if self.corrupt is not None and type(self.corrupt) is not type(self.clean):
             raise TaskError("clean and corrupt must be of one form: both text, both token ids or both messages")
         if self.answer and self.targets is not None:
             raise TaskError("'targets' marks what to predict in plain text: a pair with an answer has no use for it")
         if not self.answer and (self.wrong or self.corrupt is not None):
             raise TaskError("a pair needs an 'answer'; plain text has neither 'corrupt' nor 'wrong'")
+        if self.read:
+            _check_read(self)
 
     @property
     def invertible(self) -> bool:
-        """Whether clean and corrupt can change places."""
-        return self.mirrors and self.corrupt is not None and bool(self.wrong)
+        """Whether clean and corrupt can change places. (Where answers are read at spans of the clean prompt, they cannot.)"""
+        return self.mirrors and not self.read and self.corrupt is not None and bool(self.wrong)
 
     def mirror(self) -> "Pair":
         """The pair in the other direction; character spans, which belong to the clean text, are left out."""
@@ -92,6 +99,15 @@ class Pair:
                 f"this pair cannot be mirrored, since it has no 'wrong' that is right after 'corrupt': {self.clean!r}"
             )
         return Pair(self.corrupt, self.wrong, self.clean, self.answer, {}, self.group)
+
+
+def _check_read(pair: Pair) -> None:
+    """Raise `TaskError` unless there is one answer, and one wrong answer if any, for each span that is read."""
+    if missing := [name for name in pair.read if name not in pair.spans]:
+        raise TaskError(f"'read' names {missing[0]!r}, and the pair's spans are {', '.join(pair.spans) or 'none'}")
+    for name, given in (("answer", pair.answer), ("wrong", pair.wrong)):
+        if len(given) != len(pair.read) and (given or name == "answer"):
+            raise TaskError(f"{len(pair.read)} spans are read, and {len(given)} are given as {name!r}: give one for each")
 
 
 def as_prompt(value: object, name: str) -> Prompt:

@@ -15,7 +15,7 @@ from patchclamp.tasks._pairs import Pair, as_answers, as_prompt, as_range
 from patchclamp.tasks._task import Task
 from patchclamp.tasks._tokens import Tokenizer
 
-FIELDS = ("clean", "text", "corrupt", "answer", "wrong", "spans", "group", "targets", "mirrors")
+FIELDS = ("clean", "text", "corrupt", "answer", "wrong", "spans", "group", "targets", "mirrors", "read")
 """What a row may hold. `text` instead of `clean` makes it plain text, whose own tokens are predicted; other keys are
 ignored, unless they look misspelt."""
 
@@ -133,9 +133,16 @@ def _pair(row: _Row, mirrors: bool) -> Pair:
             {str(name): as_range(span, f"span {name!r}") for name, span in fields.get("spans", {}).items() if span is not None},
             str(fields.get("group", "")),
             bool(fields.get("mirrors", mirrors)),
+            read=_names(fields.get("read", ())),
         )
     except TaskError as error:
         raise TaskError(f"{row.where}: {error}") from error
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TaskError("'read' must be a list of names of spans")
+    return tuple(str(name) for name in cast(Sequence[object], value))
 
 
 def _ranges(fields: Mapping[str, Any]) -> tuple[tuple[int, int], ...] | None:

@@ -54,6 +54,10 @@ def _plain(i: int, one: Example) -> _Row:
     """The row of an example whose answers are single tokens, or of a plain text."""
     if not one.answers:
         targets = [_Target(at - 1, (one.clean[at],), ()) for at in one.targets]
+    elif one.read:
+        wrong = one.wrong or ((),) * len(one.read)
+        sides = zip(one.read, one.answers, wrong, strict=True)
+        targets = [_Target(one.spans[name][1] - 1, right, other) for name, right, other in sides]
     else:
         right, wrong = (tuple(token for answer in side for token in answer) for side in (one.answers, one.wrong))
         targets = [_Target(len(one.clean) - 1, right, wrong)]
@@ -81,9 +85,12 @@ def _answer_row(i: int, one: Example, sign: float, side: tuple[Tokens, ...]) -> 
 
 
 def _spans(one: Example, said: int) -> dict[str, Range]:
-    """The example's spans, and `answer`: the positions whose logits predict the answer."""
+    """The example's spans, and `answer`: the positions whose logits predict the answer (of answers at spans, all between them)."""
     spans = dict(one.spans)
-    if one.answers:
+    if one.read:
+        ends = [one.spans[name][1] for name in one.read]
+        spans["answer"] = min(ends) - 1, max(ends)
+    elif one.answers:
         spans["answer"] = len(one.clean) - 1, len(one.clean) + said
     return spans
 

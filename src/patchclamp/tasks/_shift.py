@@ -19,10 +19,12 @@ def shifted(examples: Examples, longest: int | None, seed: int = 0, most: int = 
         most: longest prefix.
 
     Raises:
-        TaskError: plain text, or no room behind the prompts for even one more token.
+        TaskError: plain text, answers inside the prompt, or no room behind the prompts for even one more token.
     """
     if any(example.targets for example in examples):
         raise TaskError(f"{examples.task!r} is plain text: there is no prompt to shift")
+    if any(example.read for example in examples):
+        raise TaskError(f"{examples.task!r} has answers at every position: behind a prefix, others would be right")
     used = max(len(e.clean) + max(map(len, (*e.answers, *e.wrong))) - 1 for e in examples)
     room = most if longest is None else min(most, longest - used)
     if room < 1:

@@ -1,4 +1,7 @@
-"""Models that ship: trained ones (`names()`, loaded as `Model.load("zoo/small")`) and hand-wired ones (`wired("induction")`)."""
+"""Models that ship: in folders (`names()`, loaded as `Model.load("zoo/small")`), hand-wired (`wired("induction")`), compiled.
+
+Compiled programs (`program("hist")`) ship in folders, too, without what is known of them.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,19 +10,20 @@ from patchclamp.errors import ModelError
 
 if TYPE_CHECKING:
     from patchclamp.zoo._wired import Wired
+    from patchclamp.zoo.compiled import Compiled
 
-__all__ = ["describe", "names", "path", "wired", "wired_names"]
+__all__ = ["describe", "names", "path", "program", "program_names", "wired", "wired_names"]
 
 ROOM = Path(__file__).parent
 
 
 def names() -> tuple[str, ...]:
-    """The trained models that ship: every folder here that holds a config.json."""
+    """The trained and compiled models that ship: every folder here that holds a config.json."""
     return tuple(sorted(config.parent.name for config in ROOM.glob("*/config.json")))
 
 
 def path(name: str) -> Path:
-    """The folder of a trained model: config, weights, tokenizer, README.
+    """The folder of a trained or compiled model: config, weights, tokenizer, README.
 
     Raises:
         ModelError: there is no such model.
@@ -30,7 +34,7 @@ def path(name: str) -> Path:
 
 
 def describe(name: str) -> str:
-    """What a trained model can do and how it was trained: its README, in Markdown.
+    """What a model can do and how it was trained or compiled: its README, in Markdown.
 
     Raises:
         ModelError: there is no such model.
@@ -60,3 +64,27 @@ def wired(name: str, family: str = "gpt2") -> "Wired":
     from patchclamp.zoo import _wired
 
     return _wired.build(name, family)
+
+
+def program_names() -> tuple[str, ...]:
+    """The programs that `program` compiles."""
+    from patchclamp.zoo import compiled
+
+    return compiled.program_names()
+
+
+def program(name: str) -> "Compiled":
+    """Compile a program to a transformer without norms, with its task and the edges that are real: in about a second.
+
+    Args:
+        name: one of `program_names()`: "reverse", "xproportion", "hist", "sort_unique", "pair_balance", "shuffle_dyck",
+            "rotate", "palindrome", "duplicates" or "often".
+
+    Raises:
+        ModelError: there is no such program.
+
+    Paper: Lindner et al. 2023, Tracr: Compiled Transformers as a Laboratory for Interpretability, https://arxiv.org/abs/2301.05062.
+    """
+    from patchclamp.zoo import compiled
+
+    return compiled.build(name)
