@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
 
 from patchclamp.errors import GateError, NumericsError
 from patchclamp.gating.descent import Adam, Progress, clipped
@@ -21,10 +20,10 @@ from patchclamp.gating.examples import balanced
 from patchclamp.gating.objective import GatingSettings, Stage
 from patchclamp.metrics import METRICS
 from patchclamp.parts import Fallback, Parts, sites_of
+from patchclamp.parts.concrete import BETA, GAMMA, ZETA, draw, open_probability
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples
 
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 START = 1.5  # every gate begins mostly open: P(z > 0) = .95
 
 
@@ -62,16 +61,6 @@ class Hard:
     def kept(self) -> Bool[np.ndarray, "price seed part"]:
         """The parts whose test-time gate is at least a half open."""
         return self.gate >= 0.5
-
-
-def draw(
-    logits: Float[Tensor, "setting part"], uniform: Float[Tensor, "setting example part"]
-) -> tuple[Float[Tensor, "setting example part"], Float[Tensor, "setting example part"]]:
-    """z and dz/da for the given draws of u; the slope is 0 where z is cut off."""
-    soft = ((uniform.logit() + logits[:, None]) / BETA).sigmoid()
-    stretched = soft * (ZETA - GAMMA) + GAMMA
-    inside = ((stretched > 0) & (stretched < 1)).to(soft.dtype)
-    return stretched.clamp(0, 1), inside * (ZETA - GAMMA) * soft * (1 - soft) / BETA
 
 
 def fit_hard(
@@ -118,7 +107,7 @@ def fit_hard(
         values, slopes = parts.gradient(batch, gates, fallback, METRICS["nll"])
         if not bool(torch.isfinite(values).all()):
             raise NumericsError(f"the answers' NLL is not finite while gates are learned under the fallback {fallback.kind}")
-        opened = (logits - BETA * float(np.log(-GAMMA / ZETA))).sigmoid()
+        opened = open_probability(logits)
         losses.append((values.mean(1).double().cpu() + (price * opened).sum(1)).numpy())
         slope = (slopes[..., list(parts.counted)].double().cpu() * slope_in).mean(1) + price * opened * (1 - opened)
         rate = stage.rate + (stage.last_rate - stage.rate) * update / max(1, stage.updates - 1)
