@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -169,7 +170,7 @@ class NormlessModel(NormlessPreTrainedModel):
         return self.norm(hidden)
 
 
-class NormlessForCausalLM(NormlessPreTrainedModel):
+class NormlessForCausalLM(NormlessPreTrainedModel, GenerationMixin):
     """Logits at every position: what follows where `causal` is set, else what the position is to be labelled."""
 
     def __init__(self, config: NormlessConfig):

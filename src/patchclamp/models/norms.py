@@ -1,7 +1,8 @@
 """Norms held at a run's own scale: what a norm divides by, and the norm once that number is held.
 
 A norm is N(x) = gain * (x - c(x)) / s(x) + bias, with c the mean over the width (LayerNorm) or 0 (RMS norm) and
-s(x) = sqrt(mean((x - c)^2) + eps). With s held it is linear (up to the bias): parts add up behind it.
+s(x) = sqrt(mean((x - c)^2) + eps); where a model has no norm, an identity stands in its place, and s(x) = 1. With s held it is
+linear (up to the bias): parts add up behind it.
 """
 
 from collections.abc import Callable
@@ -25,10 +26,13 @@ class Scale:
 
     centred: bool
     eps: float
+    identity: bool = False
 
     def __call__(self, value: Float[Tensor, "*row width"]) -> Float[Tensor, "*row 1"]:
         """s(x) of every row, in float32 or wider."""
         value = value if value.dtype == torch.float64 else value.float()
+        if self.identity:
+            return torch.ones_like(value[..., :1])
         if self.centred:
             value = value - value.mean(-1, keepdim=True)
         return (value.square().mean(-1, keepdim=True) + self.eps).sqrt()
@@ -41,7 +45,7 @@ def scale_of(norm: nn.Module, width: int) -> Scale:
     """How a norm's divisor is computed; proved once per norm: what is left when it is taken away must be linear.
 
     Raises:
-        FamilyError: it is neither a LayerNorm nor an RMS norm.
+        FamilyError: it is neither a LayerNorm nor an RMS norm, nor the identity.
     """
     if norm not in _SCALES:
         _SCALES[norm] = _proved(norm, width)
@@ -60,6 +64,8 @@ def held(
 
 
 def _proved(norm: nn.Module, width: int) -> Scale:
+    if type(norm) is nn.Identity:
+        return Scale(False, 0.0, identity=True)
     weight = next(iter(norm.parameters()), torch.zeros(0))
     draw = torch.randn(2, width, generator=torch.Generator().manual_seed(0)) + 2  # so that centring matters
     one, two = draw.to(device=weight.device, dtype=weight.dtype)
