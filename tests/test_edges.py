@@ -125,7 +125,7 @@ def test_slopes_at_the_model_are_differences(family: Edges):
     batch, rule = examples(3, lengths=(5,)).batch(), parts.fallback("resample")  # short: some windows hold 4 tokens
     values, slopes = parts.gradient(batch, parts.open(), rule)
     torch.testing.assert_close(values, plain(parts, batch))
-    draw, step = torch.Generator().manual_seed(1), 1e-3
+    draw, step = torch.Generator().manual_seed(1), 1e-6 if name == "normless" else 1e-3  # no norm, softmax in float64, many kinks
     for kind in ("q", "k", "v", "mlp", "logits"):
         mine = torch.tensor([edge.target.kind == kind for edge in parts.labels])
         way = (torch.rand(len(parts.labels), generator=draw) * 2 - 1).to(slopes.dtype) * mine

@@ -208,10 +208,10 @@ class _Frozen:
         recorder = Recorder(model.anatomy, self.places)
         with recorder.session().open():
             model.forward(batch, columns=torch.zeros(1, dtype=torch.long, device=model.device))
-        added: list[Tensor] = []
+        added, written = list[Tensor](), {place: sources.value(place, own) for place in sources.places}
         for sender in senders:
             place = place_of(model.anatomy, sender)
-            added.append(sources.difference(place, [sender.index or 0], values[place], own)[:, :, 0])
+            added.append(sources.difference(place, [sender.index or 0], values[place], written[place])[0])
         apart = torch.stack(added)
         return {place: recorder.kept[place] + apart.to(recorder.kept[place]) for place in self.places}
 

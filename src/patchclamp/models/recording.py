@@ -78,7 +78,7 @@ def head_writes(
     alone = torch.eye(heads, dtype=z.dtype, device=z.device)[:, None, None, :, None] * z
     write = torch.stack([layer.output(part.flatten(-2)) for part in alone], 2) - _bias(layer, z)[:, :, None]
     if layer.attn_post is not None:
-        write = write * _gain(layer.attn_post, attn)[:, :, None]
+        write = write * gain_at(layer.attn_post, attn)[:, :, None]
     return write * layer.scale
 
 
@@ -87,14 +87,14 @@ def output_bias(
 ) -> Float[Tensor, "#row #position width"]:
     """What the output projection's bias adds to the residual stream."""
     bias = _bias(layer, z)
-    return (bias if layer.attn_post is None else bias * _gain(layer.attn_post, attn)) * layer.scale
+    return (bias if layer.attn_post is None else bias * gain_at(layer.attn_post, attn)) * layer.scale
 
 
 def _bias(layer: Layer, z: Tensor) -> Tensor:
     return layer.output(torch.zeros_like(z[:1, :1].flatten(-2)))
 
 
-def _gain(norm: torch.nn.Module, at: Float[Tensor, "row position width"]) -> Float[Tensor, "row position width"]:
+def gain_at(norm: torch.nn.Module, at: Float[Tensor, "row position width"]) -> Float[Tensor, "row position width"]:
     """The factor per coordinate that an RMS norm applies at `at` (0 where a coordinate is 0: it stays 0 whatever the factor)."""
     out = norm(at)
     return torch.where(at == 0, torch.zeros_like(at), out / torch.where(at == 0, torch.ones_like(at), at))

@@ -82,26 +82,21 @@ class Closed:
 
     def streams(self, own: Float[Tensor, "setting row position width"], seen: Seen) -> Streams:
         """own + sum over sources of (1 - gate) * (fallback - value), value being what the source writes in this very run."""
-        order, added = list[int](), list[Tensor]()
-        for setting in dict.fromkeys(self.settings):
-            mine = [read for read, one in enumerate(self.settings) if one == setting]
-            order += mine
-            added.append(self._added(setting, self.shares[mine].to(own), own[setting], seen))
-        back = torch.tensor(order, device=own.device).argsort()
-        return own[torch.tensor(self.settings, device=own.device)] + torch.cat(added)[back]
-
-    def _added(self, setting: int, shares: Tensor, own: Tensor, seen: Seen) -> Streams:
-        """What is added to a setting's stream, for each of its reads."""
-        total = own.new_zeros(len(shares), *own.shape)
+        total = own[torch.tensor(self.settings, device=own.device)]
+        shares = self.shares.to(own)
         for place, (numbers, units) in self.readers.by_place(self.sources).items():
             here = shares[..., numbers]
-            needed = [at for at in range(len(units)) if shares.requires_grad or bool((here[..., at] != 0).any())]
-            if not needed:
+            used = (here != 0).flatten(1, 2)
+            reads = used.flatten(1).any(1).nonzero()[:, 0].tolist() if not shares.requires_grad else list(range(len(here)))
+            if not reads:
                 continue
-            run = {site: seen.values[site].unflatten(0, (-1, len(own)))[setting] for site in self.sources.seen(place)}
-            for piece in self.sources.pieces(needed, own[..., 0].numel()):
-                apart = self.sources.difference(place, [units[at] for at in piece], self.fallback[place], run)
-                total = total + torch.einsum("nrps,rpsw->nrpw", here[..., list(piece)], apart.to(own))
+            needed = list(range(len(units))) if shares.requires_grad else used.flatten(0, 1).any(0).nonzero()[:, 0].tolist()
+            run = {site: seen.values[site] for site in self.sources.seen(place)}
+            origins = [self.settings[read] for read in reads]
+            apart = self.sources.mixed(
+                place, [units[at] for at in needed], here[reads][..., needed], self.fallback[place], run, origins, own.shape[1]
+            )
+            total = total.index_add(0, torch.tensor(reads, device=own.device), apart.to(own))
         return total
 
 

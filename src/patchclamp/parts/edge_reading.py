@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +20,7 @@ from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.editing import Edit, Edits, Seen
 from patchclamp.models.scope import unobserved
 from patchclamp.models.session import CALL, Call, Session
+from patchclamp.models.standing import STANDING
 from patchclamp.sites import Site
 
 SLOTS = ("q", "k", "v")
@@ -89,12 +91,25 @@ def _again(anatomy: Anatomy, layer: int, call: Call, copies: int, streams: Strea
     reads, rows = streams.shape[:2]
     args, kwargs = (_repeated(given, rows, copies, reads) for given in call)
     stream = streams.flatten(0, 1)
-    with suppress(_Read):
-        if args:
-            anatomy.layers[layer].block(stream, *args[1:], **kwargs)
-        else:
-            anatomy.layers[layer].block(**kwargs | {"hidden_states": stream})
-    # a block that comes to its end has been read, too: whoever asked finds nothing and fails
+    token = STANDING.set(MappingProxyType({}))  # the block itself runs, whatever stands in for it in the run
+    try:
+        with suppress(_Read):
+            if args:
+                anatomy.layers[layer].block(stream, *args[1:], **kwargs)
+            else:
+                anatomy.layers[layer].block(**kwargs | {"hidden_states": stream})
+        # a block that comes to its end has been read, too: whoever asked finds nothing and fails
+    finally:
+        STANDING.reset(token)
+
+
+def detached(given: Any) -> Any:
+    """What a block was called with, without what autograd knows of it."""
+    if isinstance(given, dict):
+        return {name: detached(one) for name, one in given.items()}
+    if isinstance(given, tuple | list):
+        return type(given)(map(detached, given))
+    return given.detach() if isinstance(given, Tensor) else given
 
 
 def _repeated(given: Any, rows: int, copies: int, reads: int) -> Any:

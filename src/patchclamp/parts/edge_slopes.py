@@ -1,9 +1,15 @@
-"""Slopes of a metric in the gates of edges, at the model itself: edge attribution patching (Syed et al. 2310.10348)."""
+"""Slopes of a metric in the gates of edges, at the model itself: edge attribution patching (Syed et al. 2310.10348).
+
+slope(s>d) = sum over rows and positions of <value_s - fallback_s, d metric / d what d reads>. One forward and one backward pass of
+the model give the slopes at the outputs of the linear maps that read the stream (`edge_maps`); from there, each destination's
+slope at the stream is a closed form, and all slopes of a layer's edges are one matrix product, over a few rows and positions at a
+time. Where the closed form does not hold, the layer is read once more under autograd.
+"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,121 +17,213 @@ from torch import Tensor
 
 from patchclamp.edits import Add
 from patchclamp.metrics import Metric
+from patchclamp.models.checkpointing import Room, checkpointed
+from patchclamp.models.model import Model
+from patchclamp.models.scope import still
 from patchclamp.models.session import CALL, Call, Session
+from patchclamp.models.standing import Start
 from patchclamp.parts.edge_gates import Readers
-from patchclamp.parts.edge_reading import SLOTS, attention_reads, mlp_reads
+from patchclamp.parts.edge_maps import Maps, maps_of
+from patchclamp.parts.edge_norms import Slopes
+from patchclamp.parts.edge_products import OwnRun, add_known, is_known
+from patchclamp.parts.edge_reading import SLOTS, attention_reads, detached, mlp_reads
 from patchclamp.parts.edge_sources import Sources
-from patchclamp.parts.fallbacks import Fallback, Values
+from patchclamp.parts.fallbacks import Values
+from patchclamp.parts.pieces import only
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
-Slopes = Float[Tensor, "destination row position width"]
+PASS = 256 << 20
+"""Bytes that activations kept for a backward pass may take on a CPU: more prompts at once are no faster."""
 
 
 @dataclass(frozen=True, eq=False)
-class OwnRun:
-    """The model's own run of a batch: what destinations read, and how the metric depends on what they make of it.
+class Asked:
+    """Which edges' slopes.
 
     Args:
-        values: the metric, by example.
-        kept: what stands at places.
-        calls: what blocks were called with.
-        slopes: by place (q, k, v, mlp, the stream behind the last block), d metric / d its value.
+        sources: what they lead from.
+        readers: what they lead to.
+        count: how many there are.
+        memory: bytes that activations may take.
+        added: what is added to the embeddings.
     """
 
-    values: Float[Tensor, " example"]
-    kept: Values
-    calls: dict[int, Call]
-    slopes: Values
-
-
-def own_run(sources: Sources, readers: Sequence[Readers], batch: Batch, metric: Metric) -> OwnRun:
-    """One forward and one backward pass: keeps what is needed for slopes in the gates of edges."""
-    model, kept, calls = sources.model, dict[Site, Tensor](), dict[int, Call]()
-    behind = Site("resid.post", model.layers - 1)
-
-    def keep(place: Site, value: Tensor) -> Tensor:
-        kept[place] = value
-        if place.kind == "resid.pre" and place.layer is not None:
-            calls[place.layer] = CALL.get()
-        return value
-
-    used = {_used(one, destination) for one in readers for destination in one.destinations}
-    seen = {site for place in sources.places for site in sources.seen(place)}
-    entered = {Site("resid.pre", one.place.layer) for one in readers if one.place != behind}
-    places = used | seen | entered | {one.place for one in readers}
-    with torch.no_grad():
-        plain = model.target_logits(batch)[0] if metric.reference else None
-    root = torch.zeros(model.width, device=model.device, dtype=model.dtype, requires_grad=True)  # weights require no gradient
-    watching = Session(model.anatomy, {place: partial(keep, place) for place in places})
-    with torch.enable_grad(), model.editing({Site("embed"): Add(root)}, batch), watching.open():
-        values = metric(model.target_logits(batch), batch, plain)[0]
-        order = sorted(used)
-        slopes = dict(zip(order, torch.autograd.grad(values.sum(), [kept[place] for place in order]), strict=True))
-    detached = {place: value.detach() for place, value in kept.items()}
-    return OwnRun(values.detach(), detached, {layer: _detached(call) for layer, call in calls.items()}, slopes)
-
-
-def _detached(given: Any) -> Any:
-    if isinstance(given, dict):
-        return {name: _detached(one) for name, one in given.items()}
-    if isinstance(given, tuple | list):
-        return type(given)(map(_detached, given))
-    return given.detach() if isinstance(given, Tensor) else given
-
-
-def _used(readers: Readers, destination: Site) -> Site:
-    """Where stands what a destination makes of its stream."""
-    return readers.place if destination.kind == "logits" else Site(destination.kind, destination.layer)
+    sources: Sources
+    readers: Sequence[Readers]
+    count: int
+    memory: int
+    added: Float[Tensor, "row position width"] | None = None
 
 
 def open_slopes(
-    sources: Sources, readers: Sequence[Readers], count: int, batch: Batch, fallback: Fallback, metric: Metric, spread: bool
+    asked: Asked, batch: Batch, first: Values | None, second: Values, metric: Metric, spread: bool
 ) -> tuple[Float[Tensor, " example"], Float[Tensor, "example *position part"]]:
-    """The metric with every gate open, and its slope in each of `count` gates (`spread`: at each position), per example.
+    """The metric with every gate open, and the sum of <first_s - second_s, d metric / d what d reads>, per example and edge.
 
-    slope(s>d) = sum over rows and positions of <value_s - fallback_s, d metric / d what d reads>.
+    Some prompts after others, so that what the backward pass needs stays within memory.
     """
-    run, closing = own_run(sources, readers, batch, metric), fallback.at(batch)
+    model, values, slopes = asked.sources.model, list[Tensor](), list[Tensor]()
+    maps = maps_of(model)
+    for examples in torch.arange(len(batch)).split(_at_once(model, batch, asked.memory)):
+        rows = torch.isin(batch.example.cpu(), examples).nonzero().flatten().to(batch.tokens.device)
+        some = batch if len(examples) == len(batch) else only(batch, examples.tolist(), rows)
+        ours = rows if some is not batch else slice(None)
+        given = [None if one is None else {site: _rows(value, ours) for site, value in one.items()} for one in (first, second)]
+        added = None if asked.added is None else asked.added[ours]
+        run = own_run(asked, maps, some, metric, added)
+        assert given[1] is not None
+        values.append(run.values)
+        slopes.append(slopes_of(asked, maps, run, given[0], given[1], some, spread))
+    return torch.cat(values), torch.cat(slopes)
+
+
+def _rows(value: Tensor, rows: Tensor | slice) -> Tensor:
+    """Some rows of a value that may broadcast."""
+    return value[rows] if value.dim() > 1 and len(value) > 1 else value
+
+
+def _at_once(model: Model, batch: Batch, memory: int) -> int:
+    """How many prompts a pass takes, by what its activations need; one alone may have to be computed again in part."""
+    anatomy, width, (rows, length) = model.anatomy, model.width, batch.tokens.shape
+    per_token = sum(
+        10 * width + 4 * size.heads * size.head_width + 5 * (size.neurons or 4 * width) + 3 * size.heads * length
+        for size in anatomy.sizes
+    )
+    most = min(memory, PASS) if model.device.type == "cpu" else memory
+    return max(1, most * len(batch) // (4 * per_token * length * rows))
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """What a run has to keep: places with and without slopes, blocks' calls, modules' outputs and inputs."""
+
+    places: set[Site] = field(default_factory=set[Site])
+    slopes: set[Site] = field(default_factory=set[Site])
+    calls: set[int] = field(default_factory=set[int])
+    outputs: dict[int, torch.nn.Module] = field(default_factory=dict[int, torch.nn.Module])
+    inputs: dict[int, torch.nn.Module] = field(default_factory=dict[int, torch.nn.Module])
+
+
+def _wanted(sources: Sources, readers: Sequence[Readers], maps: Maps) -> _Wanted:
+    found = _Wanted({*sources.sites, *(one.place for one in readers)})
+    for one in readers:
+        layer = one.place.layer or 0
+        for kind in {site.kind for site in one.destinations}:
+            attention, mlp = maps.attention[layer], maps.mlp[layer]
+            if kind == "logits":
+                found.slopes.add(one.place)
+            elif kind in SLOTS and attention is not None:
+                module = attention.slots[kind].module
+                found.outputs[id(module)] = module
+            elif kind == "mlp" and mlp is not None:
+                found.inputs[id(mlp.entry)] = mlp.entry
+            else:
+                found.slopes.add(Site(kind, layer))
+                found.calls.add(layer)
+    return found
+
+
+def own_run(
+    asked: Asked, maps: Maps, batch: Batch, metric: Metric, added: Float[Tensor, "row position width"] | None = None
+) -> OwnRun:
+    """One forward and one backward pass: keeps what is needed for slopes in the gates of edges."""
+    model, want = asked.sources.model, _wanted(asked.sources, asked.readers, maps)
+    kept, calls, nodes = dict[Site, Tensor](), dict[int, Call](), dict[int, Tensor]()
+
+    def keep(place: Site, value: Tensor) -> Tensor:
+        if place.kind == "resid.pre" and place.layer in want.calls:
+            calls.setdefault(place.layer or 0, CALL.get())
+        kept.setdefault(place, value)  # a block that is computed again is the same once more
+        return value
+
+    def enter(name: int, value: Tensor) -> Tensor:
+        alias = value.view_as(value)
+        nodes.setdefault(name, alias)
+        return alias
+
+    def leave(name: int, value: Tensor) -> Tensor:
+        nodes.setdefault(name, value)
+        return value
+
+    places = want.places | want.slopes | {Site("resid.pre", layer) for layer in want.calls}
+    with torch.no_grad():
+        plain = model.target_logits(batch)[0] if metric.reference else None
+    root = torch.zeros(model.width, device=model.device, dtype=model.dtype) if added is None else added.to(model.dtype)
+    root = root.detach().clone().requires_grad_()  # weights require no gradient
+    watching = Session(model.anatomy, {place: partial(keep, place) for place in places})
+    start = checkpointed(Start(), Room(asked.memory))
+    with ExitStack() as stack:
+        for one in (torch.enable_grad(), still(model.hf), model.editing({Site("embed"): Add(root)}, batch)):
+            stack.enter_context(one)
+        stack.enter_context(start.standing(model.anatomy))
+        stack.enter_context(watching.open())
+        for name, module in want.outputs.items():
+            watching.after(module, partial(leave, name))
+        for name, module in want.inputs.items():
+            watching.before(module, partial(enter, name))
+        values = metric(model.target_logits(batch), batch, plain)[0]
+        order, named = sorted(want.slopes), list(nodes)
+        slopes = torch.autograd.grad(values.sum(), [*(kept[place] for place in order), *(nodes[name] for name in named)])
+    return OwnRun(
+        values.detach(), {place: value.detach() for place, value in kept.items()}, {n: detached(c) for n, c in calls.items()},
+        dict(zip(order, slopes[: len(order)], strict=True)), dict(zip(named, slopes[len(order) :], strict=True)),
+    )  # fmt: skip
+
+
+def slopes_of(
+    asked: Asked, maps: Maps, run: OwnRun, first: Values | None, second: Values, batch: Batch, spread: bool
+) -> Float[Tensor, "example *position part"]:
+    """sum over rows and positions of <first_s - second_s, d metric / d what d reads>, for each edge s>d, per example.
+
+    Args:
+        asked: the edges.
+        maps: how the stream is read.
+        run: where slopes are taken.
+        first: what sources write, by place; None: what they write in the run.
+        second: the same, broadcastable: a fallback's.
+        batch: its prompts.
+        spread: each position by itself, instead of their sum.
+    """
+    sources, count = asked.sources, asked.count
     rows, length = batch.tokens.shape
     kind = torch.promote_types(sources.model.dtype, torch.float32)
     out = torch.zeros(count, rows, *([length] if spread else []), dtype=kind, device=batch.tokens.device)
-    for one in readers:
-        for numbers, slopes in _into(sources, one, run, rows, length):
+    with torch.no_grad():
+        add_known(sources, asked.readers, maps, run, first, second, out)
+    for one in asked.readers:
+        for numbers, slopes in _by_autograd(sources, maps, one, run, rows * length):
             for place, (mine, units) in one.by_place(sources).items():
+                value = run.value(sources, place, first)
                 for piece in sources.pieces(list(range(len(units))), rows * length):
-                    seen = {site: run.kept[site] for site in sources.seen(place)}
                     with torch.no_grad():
-                        apart = sources.difference(place, [units[at] for at in piece], closing[place], seen)
-                        found = -torch.einsum("drpw,rpsw->dsrp" if spread else "drpw,rpsw->dsr", slopes.to(kind), apart.to(kind))
+                        apart = sources.difference(place, [units[at] for at in piece], value, second[place])
+                        equation = "drpw,srpw->sdrp" if spread else "drpw,srpw->sdr"
+                        found = torch.einsum(equation, slopes.to(kind), apart.to(kind))
                     _fill(out, one, numbers, [mine[at] for at in piece], found)
-    gathered = out.new_zeros(len(batch), *out.shape[2:], count).index_add(0, batch.example, out.movedim(0, -1))
-    return run.values, gathered
+    return out.new_zeros(len(batch), *out.shape[2:], count).index_add(0, batch.example, out.movedim(0, -1))
 
 
 def _fill(out: Tensor, readers: Readers, numbers: Sequence[int], sources: Sequence[int], found: Tensor) -> None:
-    """Put slopes [destination, source, row, ...] where their edges' gates are."""
+    """Add slopes [source, destination, row, ...] where their edges' gates are."""
     column = {source: at for at, source in enumerate(sources)}
     for at, number in enumerate(numbers):
         pairs = [(edge, column[source]) for edge, source in zip(*readers.edges[number], strict=True) if source in column]
         if pairs:
             edges, columns = zip(*pairs, strict=True)
-            out[list(edges)] = found[at, list(columns)].to(out.dtype)
+            out[list(edges)] += found[list(columns), at].to(out.dtype)
 
 
-def _into(sources: Sources, readers: Readers, run: OwnRun, rows: int, length: int) -> Iterator[tuple[list[int], Slopes]]:
-    """For some destinations after others: their numbers, and d metric / d what each of them reads."""
+def _by_autograd(sources: Sources, maps: Maps, readers: Readers, run: OwnRun, tokens: int) -> Iterator[tuple[list[int], Slopes]]:
+    """Where the closed form does not hold, for some destinations after others: their numbers, and d metric / d what each reads."""
     anatomy, stream = sources.model.anatomy, run.kept[readers.place]
-    layer = readers.place.layer
-    assert layer is not None
+    layer = readers.place.layer or 0
     by_kind: dict[str, list[int]] = {}
     for number, destination in enumerate(readers.destinations):
-        by_kind.setdefault(destination.kind, []).append(number)
-    if "logits" in by_kind:
-        yield by_kind["logits"], run.slopes[readers.place][None]
-        return
+        if not is_known(maps, readers.place, destination.kind):
+            by_kind.setdefault(destination.kind, []).append(number)
     leaf = stream[None].clone().requires_grad_()
-    most = max(1, sources.memory // (16 * rows * length * stream.shape[-1]))
+    most = max(1, sources.memory // (16 * tokens * stream.shape[-1]))
     if "mlp" in by_kind:
         with torch.enable_grad():
             made = mlp_reads(anatomy, layer, run.calls[layer], 1, leaf)[0]
