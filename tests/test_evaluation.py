@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from cases import tiny
-from patchclamp.discover import evaluate, grown, pruned, rank_auroc
+from patchclamp.discover import evaluate, evaluate_circuits, grown, pruned, rank_auroc
 from patchclamp.discover.evaluation import SHARES, areas, benchmark_auroc
 from patchclamp.discover.pruning import owner
 from patchclamp.errors import MetricError, PatchclampError
@@ -16,6 +16,7 @@ from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
 from patchclamp.parts import Edges, Nodes, benefits, edges, nodes
 from patchclamp.scores import Scores
+from patchclamp.scores.ratios import Shares
 from patchclamp.sites import Edge, Site
 from patchclamp.zoo import wired
 from patchclamp.zoo._wired import Wired
@@ -110,7 +111,7 @@ def test_faithfulness_is_what_a_loop_gives(induction: tuple[Wired, Edges, Nodes]
     order = sorted(parts.labels, key=lambda edge: -abs(scores[edge]["score"]))
     opened, closed = benefits(parts, some, torch.cat([parts.open(), parts.closed()]), rule, DIFF).double()
     for row in found.table.iter_rows(named=True):
-        circuit = order[: round(row["share"] * len(order))]
+        circuit = order[: int(row["share"] * len(order))]
         assert row["parts"] == len(circuit) and row["realised"] == len(pruned(circuit))
         value, rest = benefits(parts, some, torch.cat([parts.only(circuit), parts.without(circuit)]), rule, DIFF).double()
         span = float((opened - closed).mean())
@@ -124,19 +125,57 @@ def test_faithfulness_is_what_a_loop_gives(induction: tuple[Wired, Edges, Nodes]
     )
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say(induction: tuple[Wired, Edges, Nodes]):
-    """Ratios of means of made-up numbers whose ratio is known: 95 % intervals hold it in at least 90 of 100 draws."""
-    from patchclamp.discover.evaluation import _ratio, _weights
-
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """Ratios of means of made-up numbers whose ratio is known, in groups of two: 95 % intervals hold it in at least 90 of 100 draws."""
     hits = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
-        closed, span = rng.normal(0, 1, 40), rng.normal(3, 1, 40)
-        kept = closed + 0.6 * span + rng.normal(0, 1, 40)
-        draws = _ratio(closed + span, closed, kept[None], _weights([str(n) for n in range(40)], seed))[1]
-        low, high = np.percentile(draws, [2.5, 97.5])
+        closed, span = np.repeat(rng.normal(0, 1, 40), 2), np.repeat(rng.normal(3, 1, 40), 2)
+        kept = closed + 0.6 * span + np.repeat(rng.normal(0, 1, 40), 2)
+        ratio = Shares.of(closed + span, closed, [str(n // 2) for n in range(80)], seed=seed)
+        assert ratio.groups == 40
+        _, low, high, _ = ratio.interval(kept)
+        assert low is not None and high is not None
         hits += low <= 0.6 <= high
     assert hits >= 90
+
+
+def test_intervals_of_some_prompts_cover_the_score_of_all(induction: tuple[Wired, Edges, Nodes]):
+    """What 320 prompts give is covered by intervals from 40 of them, drawn at random, in at least 90 of 100 repeats."""
+    model, _, parts = induction
+    some = model.task.examples(model.tokenizer, 320, seed=7)
+    gates = torch.cat([parts.open(), parts.closed(), 0.5 * (parts.open() + parts.without([Site.parse("L1.h2")]))])
+    opened, closed, half = benefits(parts, some, gates, parts.fallback("mean", fit=some), DIFF).double().numpy()
+    half = half + np.random.default_rng(0).normal(0, 1, len(half))  # wired prompts are much alike: noise parts them
+    whole = float(Shares.of(opened, closed).point(half))
+    hits = 0
+    for seed in range(100):
+        rows = np.random.default_rng([seed, 1]).choice(320, 40, replace=False)
+        _, low, high, _ = Shares.of(opened[rows], closed[rows], seed=seed).interval(half[rows])
+        assert low is not None and high is not None
+        hits += low <= whole <= high
+    assert hits >= 90
+
+
+def test_circuits_that_are_given_are_judged_as_those_of_scores_are(induction: tuple[Wired, Edges, Nodes]):
+    model, parts, _ = induction
+    some = model.task.examples(model.tokenizer, 6, seed=3)
+    rule = parts.fallback("resample")
+    scores = attribute(parts, some, rule, "gradient")
+    shares = (0.05, 0.2, 1.0)
+    found = evaluate(parts, some, rule, scores, shares=shares)
+    order = sorted(parts.labels, key=lambda edge: -scores[edge]["score"])
+    circuits = [order[: int(share * len(order) + 1e-9)] for share in shares]
+    again = evaluate_circuits(parts, some, rule, circuits, shares)
+    assert again.table.equals(found.table) and again.areas.equals(found.areas)
+    up = evaluate(parts, some, rule, scores, shares=shares, grow=True)
+    assert up.about["selected"] == "grown"
+    by_hand = grown(scores, [len(circuits[1])])[len(circuits[1])]
+    value = benefits(parts, some, parts.only(by_hand), rule, DIFF)[0].double().mean()
+    opened, closed = benefits(parts, some, torch.cat([parts.open(), parts.closed()]), rule, DIFF).double().mean(1)
+    assert up.table["faithfulness"][1] == pytest.approx(float((value - closed) / (opened - closed)), abs=1e-9)
+    with pytest.raises(PatchclampError, match="one for each"):
+        evaluate_circuits(parts, some, rule, circuits[:2], shares)
 
 
 def test_a_better_ranking_has_the_better_areas(induction: tuple[Wired, Edges, Nodes]):

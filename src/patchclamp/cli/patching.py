@@ -49,7 +49,7 @@ N = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of the draw and the intervals.")]
 Metric = Annotated[str | None, typer.Option(help="logit_diff, log_probability, nll, ...; by default the task's.")]
-Fallback = Annotated[str, typer.Option(help="What is put in: resample (the corrupt prompt's value), mean, zero.")]
+Fallback = Annotated[str, typer.Option(help="What is put in: resample (the corrupt prompt's value), mean, zero, optimal.")]
 Direction = Annotated[str, typer.Option(help="noising or denoising.")]
 Routing = Annotated[str, typer.Option(help="Of a mixture of experts: free, or frozen to that of the model's own run.")]
 Memory = Annotated[str | None, typer.Option(help="What one folded pass may take: 2GB, 512MiB, 50% of what is free.")]
@@ -102,7 +102,7 @@ def patch(
         top,
         out,
         as_json,
-        fallback.partition(":")[0] == "mean",
+        fallback.partition(":")[0] in ("mean", "optimal"),
     )
 
 
@@ -137,7 +137,7 @@ def paths(
         top,
         out,
         as_json,
-        fallback.partition(":")[0] == "mean",
+        fallback.partition(":")[0] in ("mean", "optimal"),
     )
 
 

@@ -1,7 +1,7 @@
 """From scores to a circuit: the fewest parts, best first, that keep the behaviour; and how faithful circuits of every size are."""
 
 from patchclamp.discover.acdc import Acdc, acdc
-from patchclamp.discover.evaluation import Evaluation, evaluate
+from patchclamp.discover.evaluation import Evaluation, evaluate, evaluate_circuits
 from patchclamp.discover.greedy import Greedy, greedy
 from patchclamp.discover.masks import Mask, MaskSettings, probe, prune
 from patchclamp.discover.missed import Missed, missed
@@ -22,6 +22,7 @@ __all__ = [
     "acdc",
     "discover",
     "evaluate",
+    "evaluate_circuits",
     "faithfulness_curve",
     "greedy",
     "grown",

@@ -7,10 +7,11 @@ The sizes and areas are those of the MIB circuit-localisation track (Mueller et 
     CMD   = integral of |1 - f| likewise                              parts by |score|
 
 As the rule is linear in k, sizes from 50 to 100 % carry half of the weight: `log_area`, the mean of f over log k, treats every
-factor of k alike, and `reaches` says how small a circuit is enough.
+factor of k alike, and `reaches` says how small a circuit is enough. A share of k is as many parts as are whole in it, as the
+benchmark's code counts (`int(share * parts)`), but at least one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +20,19 @@ import polars as pl
 import torch
 from jaxtyping import Float
 
-from patchclamp.discover.pruning import edges_of, pruned
+from patchclamp.discover.pruning import grown, pruned
 from patchclamp.discover.threshold import Order, ranked
-from patchclamp.errors import MetricError, PatchclampError
+from patchclamp.errors import PatchclampError
 from patchclamp.methods import groups_of
 from patchclamp.metrics import metric_named
-from patchclamp.parts import Edges, Fallback, Parts, benefits
+from patchclamp.parts import Fallback, Parts, benefits
 from patchclamp.scores import Part, Scores
-from patchclamp.scores.statistics import names_of
+from patchclamp.scores.ratios import Shares
+from patchclamp.sites import Edge
 from patchclamp.tasks import Examples
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Of all parts, how many are in each circuit."""
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,7 @@ def evaluate(
     shares: Sequence[float] = SHARES,
     by: Order = "signed",
     metric: str | None = None,
+    grow: bool = False,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Evaluation:
@@ -92,6 +94,7 @@ def evaluate(
         shares: of all parts, ascending, the last of them 1.
         by: "signed" (CPR: what helps first) or "magnitude" (CMD: what matters first).
         metric: by default the task's.
+        grow: take edges from the logits up (`grown`), as the benchmark does for information flow routes, not the best of all.
         seed: of the bootstrap.
         batch_size: examples at once.
 
@@ -105,28 +108,67 @@ def evaluate(
         raise PatchclampError(
             f"circuits of the shares {list(shares)} were asked for: give ascending ones above 0, the last of them 1"
         )
-    order, chosen = ranked(scores, by), metric_named(metric or examples.metric)
-    counts = [max(1, round(share * len(order))) for share in shares]
-    circuits = [order[:count] for count in counts]
+    order = ranked(scores, by)
+    counts = [max(1, int(share * len(order) + 1e-9)) for share in shares]
+    if grow:
+        found = grown(scores, counts, group_of(parts))
+        circuits: list[Sequence[Part]] = [found[count] for count in counts]
+    else:
+        circuits = [order[:count] for count in counts]
+    about = {**scores.about, "selected": "grown" if grow else "top"}
+    return evaluate_circuits(
+        parts, examples, fallback, circuits, shares, by=by, metric=metric, seed=seed, batch_size=batch_size, about=about
+    )
+
+
+def evaluate_circuits(
+    parts: Parts,
+    examples: Examples,
+    fallback: Fallback,
+    circuits: Sequence[Sequence[Part]],
+    shares: Sequence[float],
+    *,
+    by: Order = "signed",
+    metric: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    about: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """What `evaluate` gives, of circuits that are given: one for each share of the parts, ascending.
+
+    Args:
+        parts: what circuits are made of.
+        examples: prompts that chose nothing.
+        fallback: what parts outside a circuit pass.
+        circuits: as many as there are shares.
+        shares: the nominal sizes.
+        by: "signed" for CPR, "magnitude" for CMD.
+        metric: by default the task's.
+        seed: of the bootstrap.
+        batch_size: examples at once.
+        about: provenance to add.
+
+    Cost: two forward passes over the examples per circuit.
+    """
+    if len(circuits) != len(shares):
+        raise PatchclampError(f"{len(circuits)} circuits were given for {len(shares)} shares: give one for each")
+    chosen, count, of = metric_named(metric or examples.metric), len(circuits), len(parts.counted)
     gates = torch.cat([parts.open(), parts.closed(), *(parts.only(c) for c in circuits), *(parts.without(c) for c in circuits)])
     values = benefits(parts, examples, gates, fallback, chosen, batch_size).double().numpy()
-    opened, closed, kept, rest = values[0], values[1], values[2 : 2 + len(counts)], values[2 + len(counts) :]
-    if abs(float((opened - closed).mean())) < 1e-9:
-        raise MetricError(f"closing every part leaves {chosen.name} at {opened.mean():.3g}: there is no behaviour to keep")
-    weights = _weights(groups_of(examples), seed)
-    point, draws = _ratio(opened, closed, kept, weights)
-    realised = [_realised(parts, scores, circuit) for circuit in circuits]
-    each, low, high, left_out = _each(opened, closed, kept, weights)
+    opened, closed, kept, rest = values[0], values[1], values[2 : 2 + count], values[2 + count :]
+    ratio = Shares.of(opened, closed, groups_of(examples), metric=chosen.name, seed=seed)
+    point, draws = ratio.point(kept), ratio.draws(kept)
+    realised = [_realised(parts, circuit) for circuit in circuits]
+    each, low, high, left_out = ratio.each(kept)
     ends = np.percentile(draws, [2.5, 97.5], axis=0)
     table = pl.DataFrame(
-        {"share": list(shares), "parts": counts, "realised": realised, "faithfulness": point, "low": ends[0], "high": ends[1],
-         "mean_of_ratios": each, "mean_of_ratios_low": low, "mean_of_ratios_high": high, "left_out": left_out,
-         "completeness": 1 - _ratio(opened, closed, rest, weights)[0]}
+        {"share": list(shares), "parts": [*map(len, circuits)], "realised": realised, "faithfulness": point, "low": ends[0],
+         "high": ends[1], "mean_of_ratios": each, "mean_of_ratios_low": low, "mean_of_ratios_high": high, "left_out": left_out,
+         "completeness": 1 - ratio.point(rest)}
     )  # fmt: skip
-    over = {"nominal": np.array(shares), "realised": np.maximum(np.array(realised), 1e-9) / len(order)}
-    about = {**scores.about, "by": by, "metric": chosen.name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
-             "of": len(order)}  # fmt: skip
-    return Evaluation(table, _areas(point, draws, over, by), about)
+    over = {"nominal": np.array(shares), "realised": np.maximum(np.array(realised), 1e-9) / of}
+    facts = {"by": by, "metric": chosen.name, "fallback": fallback.kind, "n": len(examples), "seed": seed, "of": of}
+    return Evaluation(table, _areas(point, draws, over, by), {**(about or {}), **facts})
 
 
 def areas(faithfulness: Float[np.ndarray, "*draw size"], shares: Float[np.ndarray, " size"], by: Order) -> dict[str, Any]:
@@ -148,42 +190,16 @@ def _areas(point: np.ndarray, draws: np.ndarray, over: dict[str, np.ndarray], by
     return pl.DataFrame(rows)
 
 
-def _weights(groups: Sequence[str], seed: int) -> Float[np.ndarray, "draw example"]:
-    """How often each example is in each bootstrap draw of groups."""
-    names = names_of(groups) or [str(number) for number in range(len(groups))]
-    kinds, member = np.unique(names, return_inverse=True)
-    counts = np.random.default_rng(seed).multinomial(len(kinds), np.full(len(kinds), 1 / len(kinds)), size=RESAMPLES)
-    return counts[:, member].astype(np.float64)
-
-
-def _ratio(
-    opened: np.ndarray, closed: np.ndarray, kept: Float[np.ndarray, "size example"], weights: np.ndarray
-) -> tuple[Float[np.ndarray, " size"], Float[np.ndarray, "draw size"]]:
-    """(m(C) - m(nothing)) / (m(everything) - m(nothing)) of means, and in every draw."""
-    point = (kept - closed).mean(1) / (opened - closed).mean()
-    return point, (weights @ (kept - closed).T) / (weights @ (opened - closed))[:, None]
-
-
-def _each(
-    opened: np.ndarray, closed: np.ndarray, kept: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Mean over examples of each one's own ratio; examples whose span is below a hundredth of the mean one have none."""
-    span = opened - closed
-    sound = np.abs(span) >= 0.01 * abs(span.mean())
-    ratios = (kept - closed)[:, sound] / span[sound]
-    some = weights[:, sound]
-    draws = (some @ ratios.T) / np.maximum(some.sum(1), 1e-12)[:, None]
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-    return ratios.mean(1), low, high, int((~sound).sum())
-
-
-def _realised(parts: Parts, scores: Scores, circuit: Sequence[Part]) -> int:
-    """How many edges of a circuit lie on a path from input to output; nodes as they are."""
-    if not isinstance(parts, Edges):
-        return len(circuit)
-    edges_of(scores)
+def group_of(parts: Parts) -> int:
+    """Query heads per key/value head."""
     sizes = parts.model.anatomy.sizes[0]
-    return len(pruned((edge for edge in circuit), sizes.heads // sizes.kv_heads))  # type: ignore[misc]
+    return sizes.heads // sizes.kv_heads
+
+
+def _realised(parts: Parts, circuit: Sequence[Part]) -> int:
+    """How many edges of a circuit lie on a path from input to output; nodes as they are."""
+    found = [edge for edge in circuit if isinstance(edge, Edge)]
+    return len(pruned(found, group_of(parts))) if found else len(circuit)
 
 
 def benchmark_auroc(circuits: Sequence[Sequence[Part]], true: Sequence[Part], of: int) -> float:

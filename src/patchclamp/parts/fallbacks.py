@@ -150,7 +150,7 @@ class Own:
         return int(covered.int().argmax()) if bool(covered.any()) else batch.tokens.shape[1]
 
 
-FALLBACKS = ("resample", "mean", "zero")
+FALLBACKS = ("resample", "mean", "zero", "optimal")
 """Those that need no more than the task; `model` takes another model's values."""
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from patchclamp.errors import GateError
 from patchclamp.models.model import Model
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Zero, learn_mean
+from patchclamp.parts.optimal import learn_optimal
 from patchclamp.parts.other import Other, check_alike, warn_of_unseen
 from patchclamp.tasks import Examples
 
@@ -30,6 +31,8 @@ def rule(parts: "Gated", kind: str, fit: Examples | None = None, other: Model | 
         if fit is None or len(fit) == 0:
             raise GateError("the fallback 'mean' is learned: give the fit set, fit=")
         return learn_mean(parts.record, fit, by=kind.partition(":")[2] or None)
+    if kind == "optimal":
+        return learn_optimal(parts, fit)
     raise GateError(
         f"there is no fallback {kind!r}: choose from {', '.join(FALLBACKS)} (mean:position, mean:span, mean:all), model"
     )

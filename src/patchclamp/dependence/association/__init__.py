@@ -2,7 +2,7 @@
 
 from patchclamp.dependence.association.composition import attention_row, composed, log_ratio_partial
 from patchclamp.dependence.association.information import gaussian, ksg
-from patchclamp.dependence.association.kernels import cka, coco, gaussian_gram, hsic, linear_gram, unbiased_hsic
+from patchclamp.dependence.association.kernels import cka, coco, linear_gram, unbiased_hsic
 from patchclamp.dependence.association.layers import DimensionUse, dimension_use, layer_dependence, rank_curve, rank_residual
 from patchclamp.dependence.association.measuring import MEASURES, associate, association
 from patchclamp.dependence.association.neural import Estimate, neural_information
@@ -11,6 +11,7 @@ from patchclamp.dependence.association.plane import akde, ebab, information_plan
 from patchclamp.dependence.association.recording import Recorded, recorded, stream
 from patchclamp.dependence.association.shape import Representation, bures, embedded, regressed, shape_distance, shape_distances
 from patchclamp.dependence.association.table import Association
+from patchclamp.scores.kernels import gaussian_gram, hsic
 
 __all__ = [
     "MEASURES",

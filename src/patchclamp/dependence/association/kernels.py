@@ -2,7 +2,7 @@
 
 With H the centring and K, L the Gram matrices of n rows (Gaussian kernel, width the median distance; CKA: linear):
     HSIC = tr(K H L H) / n^2                             https://www.gatsby.ucl.ac.uk/~gretton/papers/GreBouSmoSch05.pdf
-    COCO = sqrt(largest singular value of (H K H)(H L H)) / n
+    COCO = sqrt(largest eigenvalue of (H K H)(H L H)) / n
     CKA  = |X' Y|_F^2 / (|X' X|_F |Y' Y|_F), centred     https://arxiv.org/abs/1905.00414
     debiased CKA: the same with the unbiased HSIC; about 0 where there is nothing, at any width. https://arxiv.org/abs/2010.15327
 """
@@ -15,34 +15,13 @@ from jaxtyping import Float
 
 from patchclamp.dependence.association.contract import Measure, Order, Pairs, Values
 from patchclamp.errors import PatchclampError
-
-Gram = Float[np.ndarray, "row row"]
-
-
-def gaussian_gram(values: Float[np.ndarray, "row _"], width: float | None = None) -> Gram:
-    """exp(-d^2 / 2 w^2); w by default the median distance between rows (1 where all are equal)."""
-    square = (values**2).sum(1)
-    apart = np.maximum(square[:, None] + square[None] - 2 * values @ values.T, 0.0)
-    if width is None:
-        middle = float(np.median(apart[np.triu_indices(len(values), 1)]))
-        width = float(np.sqrt(middle)) or float(np.sqrt(apart.max() / 2)) or 1.0
-    return np.exp(-apart / (2 * width**2))
+from patchclamp.scores.kernels import Gram, centred, gaussian_gram
 
 
 def linear_gram(values: Float[np.ndarray, "row _"]) -> Gram:
     """X X' of centred rows."""
     centred = values - values.mean(0)
     return centred @ centred.T
-
-
-def centred(gram: Gram) -> Gram:
-    """H K H."""
-    return gram - gram.mean(0) - gram.mean(1, keepdims=True) + gram.mean()
-
-
-def hsic(one: Gram, two: Gram) -> float:
-    """Biased HSIC: 0 only where there is no dependence at all (Gaussian kernels)."""
-    return float((centred(one) * centred(two)).sum() / len(one) ** 2)
 
 
 def unbiased_hsic(one: Gram, two: Gram) -> float:

@@ -7,7 +7,9 @@ from itertools import combinations
 
 from patchclamp.discover import sizes_of
 from patchclamp.errors import TaskError
+from patchclamp.methods import passes_of
 from patchclamp.methods.integrated import STEPS as MIDPOINTS
+from patchclamp.parts.optimal import ROWS, SETTINGS, UPDATES
 from patchclamp.study.cost.job import Job, Line, line, total
 from patchclamp.study.cost.work import Amount
 from patchclamp.tasks import Examples
@@ -21,13 +23,27 @@ TOP = 6
 
 
 def learned(job: Job, kind: str, what: str) -> list[Line]:
-    """A mean: the fit set's prompts, and the corrupt ones where there are pairs."""
+    """A mean: the fit set's prompts, and the corrupt ones where there are pairs. Optimal constants: clean prompts twice, then descent."""
+    fit = job.split.fit
+    if kind == "optimal":
+        return [_descent(job, what)]
     if kind.partition(":")[0] != "mean":
         return []
-    fit = job.split.fit
     shapes = job.shapes(fit, "zero")
     passes = 1 if fit[0].corrupt is None else 2
     return [line(job, "", f"mean for {what}", shapes, 0, total(job.engine.recording(shape) * passes for shape in shapes))]
+
+
+def _descent(job: Job, what: str) -> Line:
+    """Per update the model's own run and a forward and backward pass of each setting; four batches held to choose by, every 25."""
+    fit, shapes = job.split.fit, job.shapes(job.split.fit, "zero")
+    rows, looks = min(ROWS, len(fit)), 4 * (UPDATES // 25 + 1)
+    moved = Amount(
+        plain_calls=UPDATES + looks, plain=(UPDATES + looks) * rows, folded_calls=looks, folded=looks * rows * SETTINGS,
+        sloped_calls=UPDATES, sloped=UPDATES * rows * SETTINGS,
+    )  # fmt: skip
+    recorded = total(job.engine.recording(shape) * 2 for shape in shapes)
+    return line(job, "", f"optimal constants for {what}", shapes, SETTINGS, recorded + moved, backward=True)
 
 
 def baseline(job: Job) -> Line:
@@ -59,18 +75,27 @@ def exact(job: Job, step: str, examples: Examples, kind: str, noise: bool = True
 
 
 def attributions(job: Job, names: tuple[str, ...]) -> Line:
-    """One setting for gradient, as many as there are midpoints for integrated, exact effects again, nothing for random."""
+    """One setting for gradient, as many as there are midpoints for integrated, exact effects again; of others what their files say."""
     engine, shapes = job.engine, job.shapes(job.split.confirm)
-    settings = {"gradient": 0 if job.metric.reference else 1, "integrated": MIDPOINTS, "random": 0}
+    settings = {"gradient": 0 if job.metric.reference else 1, "integrated": MIDPOINTS}
     amount, count = Amount(), 0
     for name in names:
         if name == "exact":
             again = exact(job, "", job.split.confirm, job.kind)
             amount, count = amount + again.expected, count + again.settings
-        elif settings[name]:
-            amount += total(engine.gradient(shape, settings[name]) for shape in shapes)
+        elif name in settings:
+            amount += total(engine.gradient(shape, settings[name]) for shape in shapes if settings[name])
             count += settings[name]
+        else:
+            forward, backward = passes_of(name, job.model.layers, len(job.parts.counted))
+            amount += total(_whole(shape.prompts, forward - backward, backward) for shape in shapes)
+            count += backward
     return line(job, "-".join(("attribution", *names)), "attribution", shapes, count, amount, backward=True)
+
+
+def _whole(prompts: float, forward: int, both: int) -> Amount:
+    """Whole passes over some prompts: forward alone, and forward and backward."""
+    return Amount(plain_calls=float(forward), plain=forward * prompts, sloped_calls=float(both), sloped=both * prompts)
 
 
 def behind_prefixes(job: Job) -> list[Line]:

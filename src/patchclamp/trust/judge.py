@@ -1,7 +1,4 @@
-"""Trust: how far a circuit is to be believed, on prompts that chose nothing.
-
-Faithfulness with both ends, completeness, minimality, stability, and circuits of the same size and shape drawn at random.
-"""
+"""The circuit on unseen prompts: faithfulness, completeness, minimality, the curve, and random circuits beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.circuit import Circuit
-from patchclamp.errors import MetricError
 from patchclamp.metrics import metric_named
 from patchclamp.parts import Fallback, Gates, Parts, benefits
 from patchclamp.scores import Part, Scores
+from patchclamp.scores.ratios import Shares
 from patchclamp.scores.statistics import Interval
-from patchclamp.sites import Edge
 from patchclamp.tasks import Examples
-
-Values = Float[np.ndarray, "setting example"]
+from patchclamp.trust.draws import Shape, chance, pick
 
 
 @dataclass(frozen=True)
@@ -33,11 +28,13 @@ class Trusted:
         rest: the same ratio for everything but the circuit (what is left without it); completeness = 1 - rest.
         random: the ratio of random circuits of the same size and shape: mean, 2.5 % and 97.5 % quantile, number of draws.
         beats: share of random circuits that the circuit's faithfulness exceeds.
+        p: of being as faithful by chance: the circuit against circuits of its size and shape (`draws.chance`); it is never below
+            1 / the number of circuits that there are of that shape.
         minimality: part -> (loss of faithfulness when it alone leaves the circuit, low, high).
         curve: k, faithfulness, low, high, completeness, along the order of the scores.
         draws: k, draw, faithfulness, of random circuits; `same_size` of those as large as the circuit.
         stability: mean Jaccard index of the circuits that resampled select prompts give, with the one that was chosen.
-        majority: share of examples on which the circuit alone still has benefit > 0.
+        accuracy: share of examples on which the circuit alone still has benefit > 0.
     """
 
     faithfulness: Interval
@@ -49,6 +46,7 @@ class Trusted:
     draws: pl.DataFrame
     stability: float | None
     accuracy: float
+    p: float = 1.0
 
 
 def trust(
@@ -97,19 +95,17 @@ def trust(
     values = benefits(parts, examples, torch.cat(plan), fallback, chosen, batch_size, progress).double().numpy()
     rows = iter(values)
     opened, closed, kept, rest = (next(rows) for _ in range(4))
-    if abs(opened.mean() - closed.mean()) < 1e-9:
-        raise MetricError(f"closing every part leaves {chosen.name} at {opened.mean():.3g}: there is no behaviour to keep")
-    ratio = _Ratio(opened, closed, groups, seed)
-    curve = [(k, *ratio(next(rows))[:3]) for k in grid]
-    without = [1 - ratio(next(rows)).mean for _ in grid]
-    lost = {str(site): ratio.difference(kept, next(rows)) for site in members}
-    draws = [(k, ratio.point(next(rows))) for k, _ in drawn]
-    same = np.array([share for k, share in draws if k == len(members)])
+    ratio = Shares.of(opened, closed, groups, metric=chosen.name, seed=seed)
+    curve = [(k, *ratio.interval(next(rows))[:3]) for k in grid]
+    without = [1 - float(ratio.point(next(rows))) for _ in grid]
+    lost = {str(site): _ends(ratio.difference(kept, next(rows))) for site in members}
+    draws = [(k, float(ratio.point(next(rows)))) for k, _ in drawn]
+    same = np.array([share for _, share in draws[:random_circuits]])
     below, above = (float(end) for end in np.percentile(same, [2.5, 97.5]))
-    faithful = ratio(kept)
+    faithful, shape = ratio.interval(kept), Shape.of(parts, members)
     return Trusted(
         faithfulness=faithful,
-        rest=ratio(rest),
+        rest=ratio.interval(rest),
         random=Interval(float(same.mean()), below, above, len(same)),
         beats=float((same < faithful.mean).mean()),
         minimality=lost,
@@ -120,7 +116,14 @@ def trust(
         draws=pl.DataFrame({"k": [k for k, _ in draws], "draw": list(range(len(draws))), "faithfulness": [f for _, f in draws]}),
         stability=float(np.mean([circuit.jaccard(other) for other in resampled])) if resampled else None,
         accuracy=float((kept > 0).mean()),
+        p=chance(int((same >= faithful.mean).sum()), len(same), shape.combinations),
     )  # fmt: skip
+
+
+def _ends(interval: Interval) -> tuple[float, float, float]:
+    """Mean, low, high; the mean itself for ends that there are none of."""
+    mean, low, high, _ = interval
+    return mean, mean if low is None else low, mean if high is None else high
 
 
 def resampled_circuits(
@@ -138,37 +141,6 @@ def resampled_circuits(
     return found
 
 
-class _Ratio:
-    """Ratios of means to the span between all open and all closed, with 95 % intervals from one bootstrap over groups."""
-
-    def __init__(self, opened: np.ndarray, closed: np.ndarray, groups: Sequence[str], seed: int, resamples: int = 1000) -> None:
-        names, member = np.unique(np.array(groups), return_inverse=True)
-        counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-        self.weights = counts[:, member].astype(np.float64)  # [resample, example]
-        self.groups = len(names)
-        self.opened, self.closed = opened, closed
-        self.span = self.weights @ (opened - closed)
-
-    def point(self, values: np.ndarray) -> float:
-        return float((values - self.closed).mean() / (self.opened - self.closed).mean())
-
-    def __call__(self, values: np.ndarray) -> Interval:
-        return Interval(self.point(values), *self._ends(values - self.closed), len(values))
-
-    def difference(self, more: np.ndarray, less: np.ndarray) -> tuple[float, float, float]:
-        low, high = self._ends(more - less)
-        point = float((more - less).mean() / (self.opened - self.closed).mean())
-        return (point, point if low is None else low, point if high is None else high)
-
-    def _ends(self, values: np.ndarray) -> tuple[float | None, float | None]:
-        if self.groups < 2:
-            return None, None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = (self.weights @ values) / self.span
-        low, high = np.nanpercentile(shares, [2.5, 97.5])
-        return float(low), float(high)
-
-
 def curve_sizes(parts: int, size: int) -> list[int]:
     """Sizes of the curve: every one up to 24 parts, some 20 spread ones beyond, with both ends and the circuit's own."""
     if parts <= 24:
@@ -181,31 +153,10 @@ def _random_circuits(
     parts: Parts, members: Sequence[Part], grid: Sequence[int], draws: int, seed: int
 ) -> list[tuple[int, list[Part]]]:
     """Circuits of the same size and shape (as many parts of each kind), then a few of other sizes for the band."""
-    rng = np.random.default_rng([seed, 7])
+    rng, shape = np.random.default_rng([seed, 7]), Shape.of(parts, members)
     everything = [parts.labels[number] for number in parts.counted]
-    by_kind: dict[str, list[Part]] = {}
-    for site in everything:
-        by_kind.setdefault(_kind(site), []).append(site)
-    shape = {kind: sum(_kind(site) == kind for site in members) for kind in by_kind}
-
-    def pick(among: Sequence[Part], count: int) -> list[Part]:
-        return [among[int(i)] for i in rng.choice(len(among), size=count, replace=False)]
-
-    def alike() -> list[Part]:
-        return [site for kind, count in shape.items() for site in pick(by_kind[kind], count)]
-
-    def another() -> list[Part]:
-        """Not the circuit itself, where a few tries give any other (a small model may have no other of that shape)."""
-        tries = (alike() for _ in range(50))
-        return next((sites for sites in tries if set(sites) != set(members)), [*members])
-
-    found = [(len(members), another()) for _ in range(draws)]
-    return found + [(k, pick(everything, k)) for k in band_sizes(grid, len(members))]
-
-
-def _kind(part: Part) -> str:
-    """What parts of a random circuit are matched by: the kind of a site; of an edge, what it leads from and to."""
-    return f"{part.source.kind}>{part.target.kind}" if isinstance(part, Edge) else part.kind
+    found = [(len(members), shape.another(rng, members)) for _ in range(draws)]
+    return found + [(k, pick(rng, everything, k)) for k in band_sizes(grid, len(members))]
 
 
 def band_sizes(grid: Sequence[int], size: int) -> list[int]:
