@@ -10,6 +10,7 @@ others: what is behind a destination is always computed anew (Goldowsky-Dill et 
 """
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -25,7 +26,7 @@ from patchclamp.models.scope import OPEN
 from patchclamp.parts.edge_gates import Readers, closed, readers_of
 from patchclamp.parts.edge_reading import Desk, reading, reads_at
 from patchclamp.parts.edge_runs import at_once, measured
-from patchclamp.parts.edge_slopes import open_slopes
+from patchclamp.parts.edge_slopes import Asked, open_slopes
 from patchclamp.parts.edge_sources import Sources, place_of
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
 from patchclamp.parts.optimal import learn_optimal
@@ -98,6 +99,8 @@ class Edges:
     def __init__(self, model: Model, labels: Sequence[Edge], memory: int | None = None):
         self.model = model
         self.memory = budget(model.device) if memory is None else memory
+        self.added: Float[Tensor, "row position width"] | None = None
+        """What is added to the embeddings in every run that `record` and `slopes` make."""
         self.labels: tuple[Edge, ...] = tuple(labels)
         self.counted: tuple[int, ...] = tuple(range(len(self.labels)))
 
@@ -121,6 +124,12 @@ class Edges:
     def on(self, model: Model) -> "Edges":
         """The same edges of another model of the same anatomy."""
         return Edges(model, self.labels, self.memory)
+
+    def under(self, added: Float[Tensor, "row position width"]) -> "Edges":
+        """The same edges of runs in which `added` is added to the embeddings of a batch; for `record` and `slopes`."""
+        other = copy(self)
+        other.added = added
+        return other
 
     def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
         """Gates of 1: the model itself."""
@@ -158,7 +167,7 @@ class Edges:
 
     def record(self, batch: Batch) -> Values:
         """What sources write when the batch runs, by place. One forward pass."""
-        return self._sources.record(batch)
+        return self._sources.record(batch, self.added)
 
     def fallback(self, kind: str, fit: Examples | None = None) -> Fallback:
         """The rule called `kind`: resample, mean or optimal (learned on `fit`), zero; of what sources write.
@@ -200,6 +209,10 @@ class Edges:
         desk = Desk(self.model.anatomy, len(batch.tokens), self.memory // 2)
         return reading(desk, closed(self._readers, self._sources, rows, fallback.at(batch)))
 
+    def _plainly(self) -> None:
+        if self.added is not None:
+            raise GateError("something is added to the embeddings here: gates are measured on parts without it")
+
     def _alone(self) -> None:
         if OPEN.get():
             raise GateError("other edits are on, and what destinations read would not follow them: measure edges outside of them")
@@ -222,6 +235,7 @@ class Edges:
         batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
         self._check(gates, batch)
         self._alone()
+        self._plainly()
         differs = (gates != 1).flatten(1).any(1).tolist()
 
         def edits_of(some: Sequence[int]) -> Edits:
@@ -240,8 +254,9 @@ class Edges:
         """The metric and its slope in every gate, per example.
 
         With every gate open, the slope of edge s>d is <value_s - fallback_s, d metric / d what d reads>: edge attribution
-        patching (Syed et al. 2310.10348) for all edges from one forward and one backward pass, what each layer's norms,
-        projections and MLP cost forward once more and backward once per destination, and a matrix product per layer.
+        patching (Syed et al. 2310.10348). All edges cost one forward and one backward pass and a matrix product per layer; a
+        layer whose norm, or whose maps to queries, keys and values, are of another kind (`edge_maps`) is read once more under
+        autograd, backward once per destination. Prompts, and tokens in the products, go through a few at a time.
 
         Other settings cost one forward and one backward pass each, in which every destination reads a stream of its own.
 
@@ -251,16 +266,13 @@ class Edges:
         batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
         self._check(gates, batch)
         self._alone()
+        self._plainly()
         plain = [bool((one == 1).all()) for one in gates]
         values: list[Tensor] = []
         slopes: list[Tensor] = []
         with frozen(self.model):
             spread = gates.shape[2] > 1
-            opened = (
-                open_slopes(self._sources, self._readers, len(self.labels), batch, fallback, metric, spread)
-                if any(plain)
-                else None
-            )
+            opened = open_slopes(self._asked(), batch, None, fallback.at(batch), metric, spread) if any(plain) else None
             reference = self.model.target_logits(batch).detach()[0] if metric.reference and not all(plain) else None
             for number, one in enumerate(plain):
                 if one and opened is not None:
@@ -275,3 +287,26 @@ class Edges:
                 values.append(value.detach())
                 slopes.append(slope)
         return torch.stack(values), torch.stack(slopes)
+
+    def _asked(self) -> Asked:
+        return Asked(self._sources, self._readers, len(self.labels), self.memory, self.added)
+
+    def slopes(
+        self, batch: Batch, first: Values | None, second: Values, metric: Metric | None = None
+    ) -> tuple[Float[Tensor, " example"], Float[Tensor, "example part"]]:
+        """The metric with every gate open, and for each edge s>d, sum of <first_s - second_s, d metric / d what d reads>.
+
+        What methods along paths are made of: slopes of one run (`under`), differences of others (`record`).
+
+        Args:
+            batch: the prompts.
+            first: what sources write, by place; None: in this run.
+            second: the same, or a fallback's `at(batch)`.
+            metric: by default the batch's.
+
+        Cost: that of `gradient` with every gate open, less the fallback's.
+        """
+        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
+        self._alone()
+        with frozen(self.model):
+            return open_slopes(self._asked(), batch, first, second, metric, spread=False)
