@@ -10,7 +10,7 @@ forward pass for the fallback: 3.2 plain forward passes at most. Where memory is
 from jaxtyping import Float
 from torch import Tensor
 
-from patchclamp.errors import MetricError
+from patchclamp.methods._slopes import first_order
 from patchclamp.metrics import Metric
 from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks._batch import Batch
@@ -23,9 +23,6 @@ def passes(layers: int, parts: int) -> tuple[int, int]:
 
 def samples(parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, seed: int) -> Float[Tensor, "part example"]:
     """[part, example]; raises `MetricError` for a metric whose slope is identically zero at the open run (KL to it)."""
-    if metric.reference:
-        raise MetricError(
-            f"the gradient of {metric.name} is identically zero at the open run, where it has its minimum: use logit_diff, or integrated"
-        )
+    first_order(metric, "gradient")
     slopes = parts.gradient(batch, parts.open(), fallback, metric)[1][0]
     return metric.sign * slopes[:, list(parts.counted)].T

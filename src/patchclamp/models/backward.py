@@ -94,7 +94,7 @@ class Ruled:
         return dict(joined)
 
     def fired(self) -> dict[str, list[str]]:
-        """By rule, where it was put in: `L0`, `L1`, ..., `final`.
+        """By rule, where it was put in: `L0`, `L1.ln_2`, ..., `final`.
 
         Raises:
             FamilyError: a rule was not put in somewhere where it should have been.
@@ -108,7 +108,8 @@ class Ruled:
 
 
 def _by_number(place: str) -> tuple[bool, int, str]:
-    return (not place[1:].isdigit(), int(place[1:]) if place[1:].isdigit() else 0, place)
+    layer = place.partition(".")[0][1:]
+    return (not layer.isdigit(), int(layer) if layer.isdigit() else 0, place)
 
 
 @contextmanager
@@ -160,43 +161,49 @@ def _modules(anatomy: Anatomy, rules: Rules) -> Iterator[tuple[str, str, nn.Modu
     for number, layer in enumerate(anatomy.layers):
         place = f"L{number}"
         if rules.ratio or rules.gate:
-            for module in activations_of(anatomy, number):
+            for name, module in activations_of(anatomy, number):
                 if rules.gate and gated[number]:
-                    yield "gates", place, module, held_output
+                    yield "gates", name, module, held_output
                 elif rules.ratio:
-                    yield "activations", place, module, through_ratio
+                    yield "activations", name, module, through_ratio
         if rules.product != 1 and gated[number]:
             yield "products", place, _with_products(layer), partial(scaled_input, rules.product)
 
 
 def norms_of(anatomy: Anatomy) -> list[tuple[str, nn.Module]]:
-    """Every norm: those of blocks (of queries and keys too, where there are such) and the final one."""
+    """Every norm by name (`L0.ln_1`): those of blocks, of queries and keys too where there are such, and the final one.
+
+    Raises:
+        FamilyError: something calls itself a norm and does not say what it adds under the root.
+    """
+    named = [
+        (f"L{number}.{name}", module)
+        for number, layer in enumerate(anatomy.layers)
+        for name, module in layer.block.named_modules()
+    ]
     found: list[tuple[str, nn.Module]] = []
-    for number, layer in enumerate(anatomy.layers):
-        mine = [module for module in layer.block.modules() if _is_norm(module)]
-        if not mine:
-            raise FamilyError(f"a rule for norms was asked for, and {type(layer.block).__name__} {number} has none: leave it out")
-        found += [(f"L{number}", module) for module in mine]
-    return [*found, ("final", anatomy.norm)]
+    for name, module in [*named, ("final", anatomy.norm)]:
+        if list(module.children()):
+            continue
+        if any(isinstance(getattr(module, epsilon, None), float) for epsilon in EPSILONS):
+            found.append((name, module))
+        elif type(module).__name__.endswith("Norm"):
+            raise FamilyError(f"{name} is a {type(module).__name__}, a kind of norm that the rule for norms knows nothing of")
+    return found
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return not list(module.children()) and any(isinstance(getattr(module, name, None), float) for name in EPSILONS)
-
-
-def activations_of(anatomy: Anatomy, number: int) -> list[nn.Module]:
-    """The modules that compute the activation of a layer's MLP.
+def activations_of(anatomy: Anatomy, number: int) -> list[tuple[str, nn.Module]]:
+    """The modules that compute the activation of a layer's MLP, by name.
 
     Raises:
         FamilyError: there is none: the model computes it in its own code (gpt_oss, in its experts).
     """
-    layer = anatomy.layers[number]
     found = [
-        module
-        for module in layer.block.modules()
-        if type(module).__module__ in ACTIVATIONS or type(module).__name__ in OWN_ACTIVATIONS
+        (f"L{number}.{name}", module)
+        for name, module in anatomy.layers[number].block.named_modules()
+        if (type(module).__module__ in ACTIVATIONS or type(module).__name__ in OWN_ACTIVATIONS)
+        and not isinstance(module, nn.Softmax | nn.MultiheadAttention)
     ]
-    found = [module for module in found if not isinstance(module, nn.Softmax | nn.MultiheadAttention)]
     if not found:
         raise FamilyError(
             f"a rule for activations was asked for, and the MLP of layer {number} ({anatomy.family.name}) has no module for its own: "
@@ -223,7 +230,7 @@ def _see_gated(anatomy: Anatomy) -> tuple[bool, ...]:
     for number, layer in enumerate(anatomy.layers):
         if layer.down is None or layer.router is not None:
             continue
-        for module in activations_of(anatomy, number):
+        for _, module in activations_of(anatomy, number):
             instead[module] = partial(_see, acted, number, False)
         instead[layer.down] = partial(_see, read, number, True)
     with ExitStack() as stack:
