@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patchclamp import zoo
 from patchclamp.errors import ModelError
 from patchclamp.metrics import METRICS
+from patchclamp.models.model import Model
+from patchclamp.parts import gated
 from patchclamp.tasks import load_task
 from patchclamp.zoo.recipes import small
 from patchclamp.zoo.recipes._texts import rows, unseen, unseen_examples
@@ -147,3 +149,24 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path: Path, monkeypa
     small.train(recipe, tmp_path / "parts")
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
+
+
+def test_ioi_is_told_by_what_stands_at_the_second_subject() -> None:
+    """The claims of docs/ioi.md: the last layer carries values from there, wherever they come from, and speaks against them."""
+    model = Model.load("zoo/small")
+    some = load_task("ioi").split(model.tokenizer, 64, seed=0)[2]
+    batch = some.batch()
+    assert batch.wrong is not None
+    means = {}
+    for site, at in (("L3.h*.q", "end"), ("L3.kv*.k", "S2"), ("L3.kv*.v", "S2")):
+        part = gated(model, [site], positions=(at,))
+        own, other = part.measure(batch, torch.cat([part.open(), part.closed()]), part.fallback("resample")).mean(1)
+        means[site] = float(other / own)
+    assert abs(means["L3.h*.q"] - 1) < 0.05 and abs(means["L3.kv*.k"] - 1) < 0.05 and means["L3.kv*.v"] < -0.5
+    known, third = sorted({one.answers[0][0] for one in some}), batch.tokens.clone()
+    pairs = torch.cat([batch.answers, batch.wrong], -1).tolist()
+    put = torch.tensor([next(name for name in known if name not in pair) for pair in pairs])
+    third[batch.columns("S2")] = put
+    values = model.run(third)[torch.arange(len(third)), batch.target_position]
+    own = model.run(batch)[batch.target_row, batch.target_position]
+    assert float((values.gather(-1, put[:, None]) - own.gather(-1, put[:, None])).mean()) < -5  # said once, and spoken against
