@@ -20,6 +20,7 @@ from patchclamp.models.recording import Recorder
 from patchclamp.models.standing import Start
 from patchclamp.parts.compiling import acts_on, check_distinct, mix
 from patchclamp.parts.fallbacks import Fallback, Values, expand_to_rows
+from patchclamp.parts.labelled import Labelled
 from patchclamp.parts.measuring import measured
 from patchclamp.parts.rules import rule
 from patchclamp.parts.slopes import slopes
@@ -86,7 +87,7 @@ def _check_frozen(model: Model, labels: Sequence[Site]) -> None:
         raise GateError("routing cannot be frozen while routers have gates: choose one of the two")
 
 
-class Gated:
+class Gated(Labelled):
     """`Parts` on any writable sites; make with `gated` or `nodes`."""
 
     def __init__(self, model: Model, labels: Sequence[Site], memory: int | None = None, routing: Routing = "free"):
@@ -101,19 +102,13 @@ class Gated:
         """How many settings run at once at most, since memory ran out."""
         self.added: Float[Tensor, "row position width"] | None = None
         """What is added to the embeddings in every run."""
-        self.labels: tuple[Site, ...] = tuple(labels)
-        self.counted: tuple[int, ...] = tuple(number for number, site in enumerate(self.labels) if site.kind != "embed")
-        """All but the embedding."""
+        self.labels = tuple(labels)
+        self.counted = tuple(number for number, site in enumerate(self.labels) if site.kind != "embed")
         self.by_place: dict[Site, list[int]] = {}
         for number, site in enumerate(self.labels):
             self.by_place.setdefault(acts_on(site), []).append(number)
         for place, numbers in self.by_place.items():
             check_distinct(place, [self.labels[number] for number in numbers])
-
-    @cached_property
-    def index(self) -> dict[Site, int]:
-        """Where each label's gate is."""
-        return {site: number for number, site in enumerate(self.labels)}
 
     @cached_property
     def places(self) -> tuple[Site, ...]:
@@ -155,50 +150,16 @@ class Gated:
         other.norm = "frozen"
         return other
 
-    def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates of 1."""
-        return torch.ones(settings, 1, 1, len(self.labels), device=self.model.device)
-
-    def closed(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates of 0, the embedding open."""
-        gates = self.open(settings)
-        gates[..., list(self.counted)] = 0
-        return gates
-
     def base(self) -> Edits:
         """What is on in every run."""
         return {} if self.added is None else {Site("embed"): Add(self.added)}
 
-    def only(self, sites: Sequence[Site], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates open for `sites` (and the embedding), closed for the rest: a circuit."""
-        gates = self.closed(settings)
-        for site in sites:
-            gates[..., self._find(site)] = 1
-        return gates
-
-    def without(self, sites: Sequence[Site], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates closed for `sites`, open for the rest."""
-        gates = self.open(settings)
-        for site in sites:
-            gates[..., self._find(site)] = 0
-        return gates
-
     def _check(self, gates: Tensor, batch: Batch | None) -> None:
-        if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
-            raise GateError(
-                f"gates are [setting, example, position, part] with {len(self.labels)} parts, not {tuple(gates.shape)}"
-            )
+        self.require_shape(gates)
         if batch is not None and gates.shape[1] not in (1, len(batch)):
             raise GateError(f"gates for {gates.shape[1]} examples were given, and the batch has {len(batch)}")
         if batch is not None and gates.shape[2] not in (1, batch.tokens.shape[1]):
             raise GateError(f"gates for {gates.shape[2]} columns were given, and the batch has {batch.tokens.shape[1]}")
-
-    def _find(self, site: Site) -> int:
-        if site not in self.index:
-            raise GateError(
-                f"{site} is not among the {len(self.labels)} parts ({self.labels[min(1, len(self.labels) - 1)]}, ... {self.labels[-1]})"
-            )
-        return self.index[site]
 
     def record(self, batch: Batch) -> Values:
         """What the places hold when the batch runs."""

@@ -24,6 +24,7 @@ from patchclamp.models.editing import Edits
 from patchclamp.models.model import Model
 from patchclamp.parts.fallbacks import Fallback
 from patchclamp.parts.gated import Gated, Routing, gated
+from patchclamp.parts.labelled import Labelled
 from patchclamp.sites import GROUPS, Site, select
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
@@ -103,7 +104,7 @@ def _one_name(site: Site) -> Site:
     return replace(site, kind="mlp") if site.kind == "mlp.write" else site
 
 
-class Tied:
+class Tied(Labelled):
     """`Parts` whose gates act on one site or several; make with `tied`, or from a mapping of one's own: label -> sites."""
 
     def __init__(
@@ -115,7 +116,8 @@ class Tied:
     ):
         if not holds:
             raise GateError("parts were asked for, and no site was named: give sites or groups")
-        self.labels: tuple[Site, ...] = tuple(holds)
+        self.model = model
+        self.labels = tuple(holds)
         self.holds: dict[Site, tuple[Site, ...]] = {label: tuple(map(_one_name, sites)) for label, sites in holds.items()}
         same: dict[frozenset[Site], Site] = {}
         for label, sites in self.holds.items():
@@ -124,12 +126,7 @@ class Tied:
                 raise GateError(f"{twin} and {label} are gates on the same sites: leave one of them out")
         every = sorted({site for sites in self.holds.values() for site in sites})
         self.inner = Gated(model, every, memory, routing)
-        self.counted: tuple[int, ...] = tuple(number for number, site in enumerate(self.labels) if site.kind != "embed")
-
-    @property
-    def model(self) -> Model:
-        """Whose parts these are."""
-        return self.inner.model
+        self.counted = tuple(number for number, site in enumerate(self.labels) if site.kind != "embed")
 
     @property
     def memory(self) -> int:
@@ -148,7 +145,7 @@ class Tied:
 
     def _with(self, inner: Gated) -> "Tied":
         other = copy(self)
-        other.inner = inner
+        other.model, other.inner = inner.model, inner
         return other
 
     def on(self, model: Model) -> "Tied":
@@ -159,43 +156,13 @@ class Tied:
         """See `Gated.frozen_norm`."""
         return self._with(self.inner.frozen_norm())
 
-    def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates of 1."""
-        return torch.ones(settings, 1, 1, len(self.labels), device=self.model.device)
-
-    def closed(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates of 0, the embedding open."""
-        gates = self.open(settings)
-        gates[..., list(self.counted)] = 0
-        return gates
-
-    def only(self, sites: Sequence[Site], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates open for `sites` (and the embedding), closed for the rest: a circuit."""
-        gates = self.closed(settings)
-        gates[..., [self._find(site) for site in sites]] = 1
-        return gates
-
-    def without(self, sites: Sequence[Site], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates closed for `sites`, open for the rest."""
-        gates = self.open(settings)
-        gates[..., [self._find(site) for site in sites]] = 0
-        return gates
-
-    def _find(self, site: Site) -> int:
-        if site not in self.labels:
-            raise GateError(f"{site} is not among the {len(self.labels)} parts ({self.labels[0]}, ... {self.labels[-1]})")
-        return self.labels.index(site)
-
     def fallback(self, kind: str, fit: Examples | None = None, other: Model | None = None) -> Fallback:
         """The rule called `kind`, at the sites of every part. See `Gated.fallback`."""
         return self.inner.fallback(kind, fit, other)
 
     def spread(self, gates: Float[Tensor, "setting example position part"]) -> Float[Tensor, "setting example position site"]:
         """Gates of parts as gates of the sites that they hold: products."""
-        if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
-            raise GateError(
-                f"gates are [setting, example, position, part] with {len(self.labels)} parts, not {tuple(gates.shape)}"
-            )
+        self.require_shape(gates)
         return torch.stack([gates[..., list(owners)].prod(-1) for owners in self.owners], -1)
 
     def edits(
