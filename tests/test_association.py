@@ -29,6 +29,7 @@ from patchclamp.dependence.association import (
     support_by_ebic,
     unbiased_hsic,
 )
+from patchclamp.dependence.association.units import residual
 from patchclamp.dependence.table import Dependence
 from patchclamp.errors import PatchclampError
 from patchclamp.methods import attribute
@@ -356,6 +357,24 @@ def test_what_cannot_be_asked_is_refused():
         associate(wide, measure="mutual information", given=(), permutations=9, blocks=0)
     with pytest.raises(PatchclampError, match="compares single numbers"):
         associate(wide, given=())
+    with pytest.raises(PatchclampError, match="one number per part"):
+        composed(wide)
+    with pytest.raises(PatchclampError, match=r"above \.5"):
+        stability(rows, threshold=0.5)
+    with pytest.raises(PatchclampError, match=r"a head's, and L0\.mlp is none"):
+        attention_row(Model.load(tiny("gpt2")), "L0.mlp", examples(3))
+
+
+def test_what_is_given_is_taken_off_by_least_squares():
+    """Two factors whose levels hang together in one ring of 120, where means taken off in turn creep; and a third beside them."""
+    one = np.repeat(np.arange(60), 2)
+    codes = [one, np.roll(one, 1), np.arange(120) % 7]
+    values = np.random.default_rng(0).normal(size=(120, 2))
+    for some in (codes[:1], codes[:2], codes):
+        design = np.hstack([np.eye(each.max() + 1)[each] for each in some])
+        wanted = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
+        np.testing.assert_allclose(residual(values, some), wanted, atol=1e-10)
+    np.testing.assert_allclose(residual(values, []), values - values.mean(0), atol=1e-12)
 
 
 def test_attention_rows_are_compositions():

@@ -10,15 +10,14 @@ partial variance of i is 1 / K_ii. Paper: https://doi.org/10.1016/j.acags.2020.1
 data analysis).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Float
 
-from patchclamp.dependence.association.contract import Measure, Order, Pairs, Values, shrink_factor
-from patchclamp.dependence.association.partial import explained_by, intensity, partial_of, shrunk
+from patchclamp.dependence.association.contract import Measure, Pairs, Values, shrink_factor
+from patchclamp.dependence.association.partial import Partials, explained_by, intensity, partial_of, shrunk
 from patchclamp.dependence.association.recording import Recorded
 from patchclamp.errors import PatchclampError
+from patchclamp.methods import groups_of
 from patchclamp.models.model import Model
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples
@@ -66,31 +65,12 @@ def log_ratio_partial(
     return partial_of(precision), 1 / np.diag(precision)
 
 
-@dataclass(frozen=True, eq=False)
-class LogRatios:
-    """theta by the shrunk inverse; tested by the correlation of residuals R = clr K[:, ij] K[ij, ij]^-1 whose units change places.
+def prepare(left: Values, right: Values, pairs: Pairs, freedom: int, seed: int) -> Partials:
+    """See `contract.Measure`. The values are clr coordinates already (what a condition took off them is linear).
 
-    As in `partial.Partials`. K has rank parts - 1, and its 2 x 2 blocks are invertible from 3 parts on.
+    theta by the shrunk inverse, tested by the correlation of residuals clr K[:, ij] K[ij, ij]^-1 whose units change places: K has
+    rank parts - 1, and its 2 x 2 blocks are invertible from 3 parts on.
     """
-
-    theta: Float[np.ndarray, " pair"]
-    left: Float[np.ndarray, "pair row"]
-    right: Float[np.ndarray, "pair row"]
-    shrink: float
-
-    def score(self) -> Float[np.ndarray, " pair"]:
-        """theta."""
-        return self.theta
-
-    def statistic(self, order: Order | None = None) -> Float[np.ndarray, " pair"]:
-        """Correlation of residuals."""
-        if order is None:
-            return (self.left * self.right).sum(1)
-        return (self.left * self.right[:, order]).sum(1) / self.shrink
-
-
-def prepare(left: Values, right: Values, pairs: Pairs, freedom: int, seed: int) -> LogRatios:
-    """See `contract.Measure`. The values are clr coordinates already (what a condition took off them is linear)."""
     if left is not right:
         raise PatchclampError("the parts of a composition compete within a row: log ratios have no lag")
     logs = np.hstack(list(left))
@@ -106,7 +86,7 @@ def prepare(left: Values, right: Values, pairs: Pairs, freedom: int, seed: int) 
         ends[:, number] = both / np.linalg.norm(both, axis=1, keepdims=True)
     index = np.array(pairs, dtype=int).reshape(-1, 2)
     taken = round(explained_by(isometric, share)) - 2
-    return LogRatios(theta[tuple(index.T)], ends[0], ends[1], shrink_factor(rows, freedom + taken))
+    return Partials(theta[tuple(index.T)], ends[0], ends[1], shrink_factor(rows, freedom + taken))
 
 
 LOG_RATIO = Measure("log-ratio partial correlation", prepare, two_sided=True, vectors=False)
@@ -116,7 +96,12 @@ def composed(sizes: Recorded, floor: float = FLOOR) -> Recorded:
     """Non-negative numbers of parts (norms of writes, gates, attention) as a composition: their clr coordinates.
 
     What `association(measure="log-ratio partial correlation")` takes.
+
+    Raises:
+        PatchclampError: a part's output is wider than one number; a negative share, or a row without any.
     """
+    if wide := [part for part, value in zip(sizes.parts, sizes.values, strict=True) if value.shape[1] != 1]:
+        raise PatchclampError(f"a composition has one number per part, and {wide[0]} has more: record a norm or a contribution")
     logs = clr(np.hstack(list(sizes.values)), floor)
     about = {**sizes.about, "what": f"log ratios of {sizes.about.get('what', 'shares')}"}
     made = sizes.with_values(tuple(column[:, None] for column in logs.T))
@@ -127,8 +112,13 @@ def attention_row(model: Model, head: str | Site, examples: Examples, batch_size
     """One head's attention from the last prompt token to each key, as a composition of keys: a row per prompt.
 
     Parts are the head's keys (`L1.h2@3`). Prompts must have one length. Cost: one forward pass over the examples.
+
+    Raises:
+        PatchclampError: this is no head, or prompts have several lengths.
     """
     site = Site.parse(head) if isinstance(head, str) else head
+    if site.kind != "head" or site.position is not None:
+        raise PatchclampError(f"attention rows are a head's, and {site} is none: write L1.h2")
     lengths = {len(item.clean) for item in examples}
     if len(lengths) > 1:
         raise PatchclampError(f"attention rows of {min(lengths)} to {max(lengths)} keys are no composition of the same parts")
@@ -140,8 +130,6 @@ def attention_row(model: Model, head: str | Site, examples: Examples, batch_size
         kept = kept[own.to(kept.device)]
         rows.append(kept[range(len(kept)), end.to(kept.device)].double().cpu().numpy()[:, : int(end.max()) + 1])
         spans.append(end.numpy())
-    from patchclamp.methods import groups_of
-
     table = np.concatenate(rows)
     number = np.arange(len(table))
     about = {"model": model.name, "task": examples.task, "what": f"attention of {site}"}

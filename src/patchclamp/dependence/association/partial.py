@@ -188,7 +188,14 @@ def stability(
         threshold: share of halves.
         edges: by default sqrt((2 threshold - 1) pairs): one false pair on average at most, and no more true ones than that.
         seed: of the halves.
+
+    Raises:
+        PatchclampError: a threshold that is not above a half (the bound holds from there on), or no halves.
     """
+    if not 0.5 < threshold <= 1 or halves < 1:
+        raise PatchclampError(
+            f"pairs that stand in {threshold} of {halves} halves were asked for: give a share above .5, up to 1, and 1 half or more"
+        )
     data, draw = _standard(rows), np.random.default_rng(seed)
     p = data.shape[1]
     wanted = edges or max(1, int(np.sqrt((2 * threshold - 1) * p * (p - 1) / 2)))

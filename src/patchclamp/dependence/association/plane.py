@@ -93,10 +93,15 @@ def information_plane(
         permutations: of labels, for the null.
         seed: of them.
         options: of the estimator.
+
+    Raises:
+        PatchclampError: no such estimator, no permutations, or states of other examples than the labels.
     """
     ways = {"ebab": ebab, "akde": akde}
     if how not in ways:
         raise PatchclampError(f"an information plane is estimated by ebab or akde, not by {how!r}")
+    if permutations < 1:
+        raise PatchclampError(f"{permutations} permutations of the labels were asked for: the null needs 1 or more")
     draw = np.random.default_rng([seed, 9])
     names = np.unique(np.asarray(label), return_inverse=True)[1]
     mixed = [draw.permutation(names) for _ in range(permutations)]

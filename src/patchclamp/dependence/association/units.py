@@ -82,24 +82,29 @@ def units_of(
 
 
 def residual(
-    values: Float[np.ndarray, "row width"], factors: Sequence[Int[np.ndarray, " row"]], sweeps: int = 200
+    values: Float[np.ndarray, "row width"], factors: Sequence[Int[np.ndarray, " row"]]
 ) -> Float[np.ndarray, "row width"]:
-    """What is left of a value once the mean of every level of every factor is taken off (least squares on indicators).
+    """What is left of a value once the mean of every level of every factor is taken off: least squares on indicators, exactly.
 
-    One factor takes one sweep; several are swept in turn until nothing moves by more than 1e-10 of the spread.
+    The factor with most levels is taken off values and the others' indicators as means; these are then solved for (Frisch, Waugh
+    and Lovell). Means taken off in turn would come to the same, but creep where levels hang together in a long chain.
     """
     left = values - values.mean(0)
-    spread = np.abs(left).max(initial=0) or 1.0
-    for _ in range(sweeps if len(factors) > 1 else 1):
-        moved = 0.0
-        for codes in factors:
-            counts = np.bincount(codes)
-            means = np.stack([np.bincount(codes, weights=column) for column in left.T], 1) / np.maximum(counts, 1)[:, None]
-            left = left - means[codes]
-            moved = max(moved, float(np.abs(means).max(initial=0)))
-        if moved <= 1e-10 * spread:
-            break
-    return left
+    if not factors:
+        return left
+    first, *others = sorted(factors, key=lambda codes: -len(np.unique(codes)))
+    left = _without_means(left, first)
+    if not others:
+        return left
+    design = np.hstack([(codes[:, None] == np.unique(codes)).astype(float) for codes in others])
+    design = _without_means(design, first)
+    return left - design @ np.linalg.lstsq(design, left, rcond=None)[0]
+
+
+def _without_means(values: Float[np.ndarray, "row width"], codes: Int[np.ndarray, " row"]) -> Float[np.ndarray, "row width"]:
+    counts = np.bincount(codes)
+    means = np.stack([np.bincount(codes, weights=column) for column in values.T], 1) / np.maximum(counts, 1)[:, None]
+    return values - means[codes]
 
 
 def levels(factors: Sequence[Int[np.ndarray, " row"]]) -> int:
