@@ -1,5 +1,6 @@
 """The connectome against graphs whose structure is known, brute force, and wired models of two tasks."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 
@@ -169,6 +170,17 @@ def test_closing_what_the_task_needs_does_more_than_closing_random_parts():
         lesion(parts, some, parts.fallback("zero"), ["L9.h1"])
 
 
+def test_random_sets_are_drawn_from_those_that_the_set_was_chosen_from():
+    """Of three heads that matter, one against the others: among all heads it looks special, among the three it is one of them."""
+    one, parts = built("shared")
+    some, heads = one.task.examples(one.tokenizer, 16, seed=5), ["L0.h1", "L1.h1", "L0.h2"]
+    found = lesion(parts, some, parts.fallback("zero"), ["L0.h1"], draws=39, among=heads)
+    truth = [one.truth.effects["zero"][head] for head in heads]
+    assert found.about["among"] == 3 and set(np.round(found.random, 3)) <= set(np.round(truth, 3))
+    with pytest.raises(PatchclampError, match="cannot be closed: the parts are L0.h1"):
+        lesion(parts, some, parts.fallback("zero"), ["L0.mlp"], among=heads)
+
+
 # --- reuse
 
 
@@ -212,6 +224,8 @@ def test_change_over_checkpoints():
     assert rows["edges"].to_list() == [1, 1, 2] and rows["jaccard"].to_list() == [0, 0.5, 1]
     assert rows["new"].to_list() == [0, 1, 1] and rows["gone"].to_list() == [0, 1, 0] and rows["rand"][2] == 1
     assert edge_names(steps[1]) == ["L0.mlp & L1.mlp"]
+    with pytest.raises(PatchclampError, match="name each table"):
+        over_time(steps, ["step0"])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -235,6 +249,9 @@ def test_two_tasks_that_share_half_their_parts_come_apart(family: str):
     assert "double dissociation" in str(found) and found.to_frame().height == 4
     with pytest.raises(PatchclampError, match="among its select prompts"):
         double_dissociation(parts, {n: t[1] for n, t in sets.items()}, {n: t[1] for n, t in sets.items()}, fallbacks)
+    alike = {n: replace(t[2], items=tuple(replace(item, group="one") for item in t[2])) for n, t in sets.items()}
+    with pytest.raises(PatchclampError, match="all of one group"):
+        double_dissociation(parts, {n: t[1] for n, t in sets.items()}, alike, fallbacks)
 
 
 def test_tasks_with_the_same_parts_do_not_come_apart():
@@ -293,6 +310,10 @@ def test_the_moving_connectome_finds_who_goes_together_when():
     assert record["membership"].height == 16 and record["course"].height == 20 and record["explained"] > 0.7
     with pytest.raises(PatchclampError, match="no window of 3"):
         affinity(outputs, prompts=61)
+    with pytest.raises(PatchclampError, match="0 apart"):
+        affinity(outputs, step=0)
+    with pytest.raises(PatchclampError, match="given 'mood'"):
+        affinity(outputs, given=("mood",))
 
 
 def test_reuse_of_two_circuits_that_were_found():

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.dependence.network.experts import run_benefits
-from patchclamp.dependence.network.hubs import Lesion, lesion
+from patchclamp.dependence.network.hubs import Lesion, lesion, matched_sets
 from patchclamp.dependence.table import Dependence
 from patchclamp.edits import Put
 from patchclamp.errors import PatchclampError
@@ -27,7 +27,7 @@ from patchclamp.methods import groups_of
 from patchclamp.metrics import metric_named
 from patchclamp.models.editing import Edits, Seen
 from patchclamp.models.model import Model
-from patchclamp.parts import Fallback, Parts, benefits
+from patchclamp.parts import Fallback, Parts, benefits, sites_of
 from patchclamp.scores.statistics import mean_interval
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples
@@ -132,9 +132,6 @@ def suppress_recency(
 
     Cost: 2 (draws + 2) passes over the examples at most.
     """
-    from patchclamp.dependence.network.hubs import matched_sets
-    from patchclamp.parts.contract import sites_of
-
     chosen = table.sort("recency", descending=True, maintain_order=True)["site"][:heads].to_list()
     found = lesion(parts, examples, fallback, chosen, draws=draws, metric=metric, seed=seed, batch_size=batch_size)
     sites = sites_of(parts)

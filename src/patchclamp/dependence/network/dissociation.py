@@ -125,7 +125,8 @@ def double_dissociation(
     Cost: (parts + draws) passes over both tasks' prompts and, per part that joins a set, as many again as there are parts.
 
     Raises:
-        PatchclampError: not two tasks, prompts of both kinds in common, or a task that closing everything does not impair.
+        PatchclampError: not two tasks, prompts of both kinds in common, a task that closing everything does not impair, or confirm
+            prompts of which all are of one group, so that no interval can be given.
     """
     names = tuple(select)
     if len(names) != 2 or set(confirm) != set(names) or set(fallbacks) != set(names):
@@ -135,6 +136,10 @@ def double_dissociation(
     for name in names:
         if {item.clean for item in select[name]} & {item.clean for item in confirm[name]}:
             raise PatchclampError(f"some confirm prompts of {name} are among its select prompts: split the task")
+        if len(set(groups_of(confirm[name]))) < 2:
+            raise PatchclampError(
+                f"the confirm prompts of {name} are all of one group, so no interval can be given: give several groups"
+            )
     scales = {name: _Scale(parts, select[name], fallbacks[name], metric, batch_size) for name in names}
     judges = {name: _Scale(parts, confirm[name], fallbacks[name], metric, batch_size) for name in names}
     sets: dict[str, tuple[str, ...]] = {}

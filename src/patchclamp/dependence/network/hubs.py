@@ -91,6 +91,7 @@ def lesion(
     *,
     draws: int = 99,
     match: str = "kind",
+    among: Sequence[str | Site] | None = None,
     metric: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -102,8 +103,9 @@ def lesion(
         examples: on which prompts: others than those by which the set was chosen.
         fallback: what closed parts pass.
         chosen: the set (hubs).
-        draws: random sets, drawn among all counted parts, members of the set too.
+        draws: random sets; members of the set may be in them.
         match: "kind": as many heads and as many MLPs; "layer": as many of each kind in each layer; "any": only the size.
+        among: the parts that random sets are drawn from, those that the set was chosen from; by default all counted parts.
         metric: by default the task's.
         seed: of the draws.
         batch_size: examples at once.
@@ -113,7 +115,8 @@ def lesion(
     Raises:
         PatchclampError: a part that is not there, or no other set matches.
     """
-    sites = sites_of(parts)
+    known = None if among is None else {str(one) for one in among}
+    sites = [site for site in sites_of(parts) if known is None or str(site) in known]
     names = [str(site) for site in sites]
     if missing := [str(one) for one in chosen if str(one) not in names] or ([] if chosen else ["an empty set"]):
         raise PatchclampError(f"{missing[0]} cannot be closed: the parts are {', '.join(names[:4])} ... ({len(names)})")
@@ -124,7 +127,8 @@ def lesion(
     effects = measured[0] - measured[1:]
     random = effects[1:].mean(1)
     p = float((1 + (random >= effects[0].mean() - 1e-9).sum()) / (1 + len(random)))
-    about = {"fallback": fallback.kind, "metric": metric or examples.metric, "n": len(examples), "match": match, "seed": seed}
+    about = {"fallback": fallback.kind, "metric": metric or examples.metric, "n": len(examples), "match": match, "among": len(sites),
+             "seed": seed}  # fmt: skip
     return Lesion(tuple(names[i] for i in which), mean_interval(effects[0], groups_of(examples), seed=seed), random, p, about)
 
 

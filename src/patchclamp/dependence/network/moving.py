@@ -36,8 +36,13 @@ def affinity(
         prompts: windows that fewer prompts reach are left out.
 
     Raises:
-        PatchclampError: no window has enough prompts, or outputs are vectors.
+        PatchclampError: no window has enough prompts, a window or step of no positions, a condition that is none, or outputs are
+            vectors.
     """
+    if window < 1 or step < 1:
+        raise PatchclampError(f"windows of {window} positions, {step} apart, were asked for: give 1 or more of both")
+    if strange := sorted({*given} - {"position", "token"}):
+        raise PatchclampError(f"affinities given {strange[0]!r} were asked for: choose from position, token")
     if any(value.shape[1] != 1 for value in outputs.values):
         raise PatchclampError("a dynamic connectome needs one number per part and token: record a norm or a contribution")
     table = np.hstack(list(outputs.values))

@@ -10,7 +10,7 @@ from scipy.stats import hypergeom
 
 from patchclamp.dependence.network.communities import communities, similarity
 from patchclamp.dependence.network.graph import connectome
-from patchclamp.dependence.table import Dependence
+from patchclamp.dependence.table import SEPARATOR, Dependence
 from patchclamp.errors import PatchclampError
 from patchclamp.scores import parse_part
 from patchclamp.sites import Edge, Site
@@ -92,9 +92,7 @@ def _stratum(name: str) -> str:
 
 
 def edge_names(table: Dependence, alpha: float = 0.05) -> list[str]:
-    """The pairs of a dependence that stand (q <= alpha), as names "a & b": what `graph_overlap` compares."""
-    from patchclamp.dependence.table import SEPARATOR
-
+    """The pairs of a dependence that stand (q <= alpha), as names "a & b"."""
     rows = table.table.filter(pl.col("q") <= alpha) if "q" in table.table.columns else table.table
     return [a + SEPARATOR + b for a, b in rows.select("a", "b").iter_rows()]
 
@@ -113,8 +111,10 @@ def over_time(
     of weights, `rand` (adjusted, of communities); `new` and `gone`: edges against the table before.
 
     Raises:
-        PatchclampError: fewer than two tables, or of different parts.
+        PatchclampError: fewer than two tables, of different parts, or another number of steps.
     """
+    if steps is not None and len(steps) != len(tables):
+        raise PatchclampError(f"{len(tables)} tables and {len(steps)} steps were given: name each table")
     if len(tables) < 2 or any(tuple(one.parts) != tuple(tables[0].parts) for one in tables):
         raise PatchclampError("a change is of two or more tables of the same parts")
     graphs = [connectome(one, alpha=alpha) for one in tables]
