@@ -108,3 +108,11 @@ def test_directions_leave_size_out_and_few_examples_are_refused() -> None:
     assert directions(np.ones((3, 4)))[1] and directions(np.zeros((3, 4)))[1]
     with pytest.raises(TaskError, match="8 or more"):
         mechanisms([Site("mlp", 0)] * 2, values, {})
+
+
+def test_examples_that_differ_in_size_alone_are_one_family() -> None:
+    """One part does it all, more on some prompts than on others: a single direction, which cannot be parted in two."""
+    values = np.zeros((3, 20))
+    values[1] = np.linspace(1, 2, 20)
+    found = mechanisms([Site("head", 0, h) for h in range(3)], values, {}, draws=3)
+    assert found.count == 1 and "one direction" in found.reason and found.curve.height == 0

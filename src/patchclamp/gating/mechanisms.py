@@ -98,11 +98,11 @@ def mechanisms(
     units, flat = directions(values)
     facts = {**about, "n": n, "parts": len(sites), "draws": draws, "seed": seed}
     none = pl.DataFrame(schema={name: pl.Float64 for name in ("k", "silhouette", "permuted", "gaussian", "gap")})
-    if flat:
-        return _mapped(
-            sites, values, np.zeros(n, dtype=int), none, {}, "no part's effect differs between examples", facts, groups, units
-        )
-    ks = [k for k in range(2, MOST + 1) if k < n / 2 and k <= len(np.unique(units.round(6), axis=0))]
+    ways = len(np.unique(units.round(6), axis=0))
+    if flat or ways < 2:
+        reason = "no part's effect differs between examples" if flat else "the effects of all examples have one direction"
+        return _mapped(sites, values, np.zeros(n, dtype=int), none, {}, reason, facts, groups, units)
+    ks = [k for k in range(2, MOST + 1) if k < n / 2 and k <= ways]
     chance = np.random.default_rng([seed, 31])
     labels = {k: cluster(units[None], k, chance) for k in ks}
     real = np.array([silhouette(units[None], labels[k])[0] for k in ks])
@@ -128,13 +128,12 @@ def mechanisms(
 
 
 def directions(values: Float[np.ndarray, "part example"]) -> tuple[Units, bool]:
-    """Each example's effects over their length; and whether no part's effects differ by more than rounding.
+    """Each example's effects over their length; and whether no part's effects differ by more than rounding (1e-4 of the largest).
 
-    Parts whose effects differ by less than 1e-4 of the largest effect count 0; an example without effects is at the origin.
+    An example whose effects are all rounding is at the origin.
     """
     size = np.abs(values).max(initial=0.0)
-    live = values.std(1) > FLAT * size
-    if size == 0 or not live.any():
+    if size == 0 or not (values.std(1) > FLAT * size).any():
         return np.zeros(values.T.shape), True
     length = np.linalg.norm(values, axis=0, keepdims=True)
     return np.where(length > FLAT * size, values / np.maximum(length, 1e-30), 0.0).T, False

@@ -38,8 +38,9 @@ class Solutions:
         table: a row per distinct set: solution (number), kept (parts joined by blanks), size, seeds (how many ended there), share,
             low, high (what it alone keeps on the confirm prompts), sufficient, family (sets alike).
         substitutes: a row per tested pair of parts in which sufficient sets differ: a, b, alone_a, alone_b, joint (nats of
-            log-probability that closing costs), excess = joint - alone_a - alone_b with low, high; clear (q < .05); swaps (whether a
-            sufficient set with one of them stays sufficient with the other in its place); substitutes (clear and swaps).
+            log-probability that closing costs), excess = joint - alone_a - alone_b with low, high; clear (q < .05, and at least the
+            pressure); swaps (whether a sufficient set with one of them stays sufficient with the other in its place);
+            substitutes (clear and swaps).
         core: the parts of every sufficient set.
         union: the parts of any.
         distinct: how many distinct sufficient sets there are; families: how many once those alike are one.

@@ -12,10 +12,10 @@ from patchclamp.tasks._batch import Batch
 def redrawn(shape: tuple[int, ...], count: int, draws: torch.Generator) -> list[Float[Tensor, "1 #example 1 every"]]:
     """How far closed gates are moved towards open, r of g + (1 - g) r: 0 (as they are), `count` - 1 random draws, and 1 (open).
 
-    A random draw moves a share of the parts, itself drawn from [0, 1], each by an amount from
-    [0, 1], half of them all the way: by turns the same parts in
-    all examples of the batch, where an adversary has most to choose from, and every example its own parts. At r = 1 the model is
-    itself: a claim that gates must be shut for something to come out never survives it, and one that gates must be open always.
+    A random draw moves a share of the parts, itself drawn from [0, 1], each by an amount from [0, 1], half of them all the way: by
+    turns the same parts in all examples of the batch, where an adversary has most to choose from, and every example its own
+    parts. At r = 1 the model is itself: a claim that gates must be shut for something to come out never survives it, and one
+    that gates must be open always does.
 
     Args:
         shape: [example, every].

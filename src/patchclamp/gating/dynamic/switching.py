@@ -71,6 +71,7 @@ def switching(
 
     Verified means, on confirm prompts: closing the part where it is said to be open costs (interval above 0), and closing it where
     it is said to be closed costs less (intervals apart) and next to nothing: at most a tenth of that, or the price of a gate.
+    Where the prompts of either side are of one group, so that there is no interval, nothing is verified.
 
     Args:
         parts, found, fallback: as fitted.
@@ -174,15 +175,18 @@ def _costs(
     cost, where, groups = np.concatenate(lost, 1), np.concatenate(touched, 1), np.array(groups_of(confirm), dtype=object)
     out: dict[str, object] = {}
     ends: list[tuple[float, float, float]] = []
+    several = True
     for name, values, rows in zip(("open", "closed"), cost, where, strict=True):
         if not rows.any():
             return {"verified": False}
         found_at = mean_interval(values[rows], groups[rows].tolist(), seed=seed)
+        several &= found_at.low is not None
         low, high = (found_at.mean if end is None else end for end in (found_at.low, found_at.high))
         ends.append((found_at.mean, low, high))
         out |= {f"cost_{name}": found_at.mean, f"cost_{name}_low": low, f"cost_{name}_high": high, f"n_{name}": found_at.n}
     (open_cost, open_low, _), (closed_cost, _, closed_high) = ends
-    return out | {"verified": open_low > 0 and closed_high < open_low and abs(closed_cost) <= max(NEGLIGIBLE * open_cost, price)}
+    held = open_low > 0 and closed_high < open_low and abs(closed_cost) <= max(NEGLIGIBLE * open_cost, price)
+    return out | {"verified": several and held}
 
 
 def _sentence(row: dict[str, object], n: int) -> str:
