@@ -24,7 +24,7 @@ from patchclamp.dependence import (
 from patchclamp.errors import GateError, NumericsError, PatchclampError
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
-from patchclamp.parts import Nodes, edges, nodes
+from patchclamp.parts import Nodes, edges, nodes, tied
 from patchclamp.scores import Scores
 from patchclamp.tasks import Examples
 from patchclamp.zoo import wired, wired_names
@@ -153,6 +153,16 @@ def test_a_held_norm_leaves_no_interaction_between_parts_that_only_add_up() -> N
     assert (free.about["norm"], frozen.about["norm"]) == ("free", "frozen")
 
 
+def test_the_norm_can_be_held_under_tied_parts() -> None:
+    """A group of one site is that site."""
+    model, some = Model.load(tiny("gpt_neox")), examples(4)
+    plain, groups = nodes(model), tied(model, ["L1.h0", "L1.h2"])
+    found = [close_pairs(parts, some, parts.fallback("resample"), pairs=[("L1.h0", "L1.h2")], frozen_norm=True)
+             for parts in (plain, groups)]  # fmt: skip
+    np.testing.assert_allclose(found[0].interaction, found[1].interaction, atol=1e-6)
+    np.testing.assert_allclose(found[0].together, found[1].together, atol=1e-6)
+
+
 def test_intervals_are_those_of_scores() -> None:
     """What a table of pairs says of its samples is what a table of parts says of the same samples."""
     found = closings("suppressor", "gpt2", "resample")
@@ -220,6 +230,8 @@ def test_a_sign_must_hold_under_both_fallbacks_and_over_enough_groups() -> None:
         relations(and_, and_)
     with pytest.raises(PatchclampError, match="the same pairs"):
         relations(closings("and", "gpt2", "resample"), or_)
+    with pytest.raises(PatchclampError, match="1 table was given: give two"):
+        relations(and_, second(and_), repair=[interaction_table(and_)])
 
 
 def test_conditional_roles_and_which_change() -> None:

@@ -1,5 +1,6 @@
 """Screening many parts: planted interactions are found, estimates are right, and the bound on what was missed holds."""
 
+import importlib
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -12,13 +13,16 @@ from scipy.stats import binom
 
 from cases import tiny
 from patchclamp.dependence import interactions, screen
-from patchclamp.dependence.masks import masked, sparse_pairs
+from patchclamp.dependence.masks import Masked, masked, sparse_pairs
 from patchclamp.dependence.screen import bound
-from patchclamp.errors import PatchclampError
+from patchclamp.errors import GateError, MetricError, PatchclampError
 from patchclamp.models.model import Model
-from patchclamp.parts import Fallback, gated, nodes
+from patchclamp.parts import Fallback, edges, gated, nodes
 from patchclamp.sites import Site
 from test_parts import examples
+
+SCREEN = importlib.import_module("patchclamp.dependence.screen")
+"""The module; `dependence.screen` is its function."""
 
 
 class Planted:
@@ -141,3 +145,30 @@ def test_on_a_small_model_the_screen_agrees_with_all_pairs() -> None:
     large = sum(abs(every.pair(*pair)["score"]) >= found.missed.threshold for pair in left)
     assert large <= found.missed.most
     assert (found.fits["by_curvature"].spearman or 0) > 0.6
+
+
+def test_what_cannot_be_screened_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, some = Model.load(tiny("gpt2")), examples(4)
+    parts, arrows = nodes(model), edges(model)
+    monkeypatch.setattr(SCREEN, "masked", None)  # whatever runs, runs masks first
+    with pytest.raises(GateError, match="not of Edges"):
+        screen(arrows, some, arrows.fallback("zero"), rows=3)
+    with pytest.raises(MetricError, match="kl has no slope"):
+        screen(parts, some, parts.fallback("zero"), metric="kl", rows=3, top=4, sample=4)
+    monkeypatch.undo()
+    for passes, share in ((0, 0.1), (4, 0.0), (4, 1.0)):
+        with pytest.raises(PatchclampError, match="masks that close"):
+            screen(parts, some, parts.fallback("zero"), passes=passes, share=share, top=4, sample=4)
+    with pytest.raises(PatchclampError, match="in 4 observations"):
+        screen(parts, some, parts.fallback("zero"), passes=1, top=4, sample=4)
+
+
+def test_masks_that_point_to_nothing_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no pair was found, half of the largest is no threshold; with one of the user's own, the random sample still bounds."""
+    parts, some = nodes(Model.load(tiny("gpt2"))), examples(4)
+    nothing = lambda *_, **__: Masked(np.zeros((20, 10), dtype=bool), np.zeros(20))  # noqa: E731
+    monkeypatch.setattr(SCREEN, "masked", nothing)
+    with pytest.raises(PatchclampError, match="point to no pair"):
+        screen(parts, some, parts.fallback("zero"), top=4, sample=4)
+    found = screen(parts, some, parts.fallback("zero"), top=4, sample=4, threshold=100.0)
+    assert not len(found.found) and found.missed.pairs == 45 and found.missed.above == 0

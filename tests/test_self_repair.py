@@ -200,3 +200,25 @@ def test_what_has_no_direct_effect_is_refused() -> None:
     heads = nodes(model, mlps=False)
     with pytest.raises(GateError, match="there is none among the parts"):
         erasure(heads, some, heads.fallback("zero"))
+
+
+def test_frozen_routing_is_frozen_for_direct_effects_too() -> None:
+    """The identity against what is measured with routers held: total_held is replay's, and with free routing it is another number."""
+    model, some = Model.load(tiny("mixtral")), examples(4)
+    parts = nodes(model, routing="frozen")
+    rule = parts.fallback("resample")
+    frame = self_repair(parts, some, rule, closed=["L0.h1", "L0.mlp"]).parts
+    gates = closed_gates(parts, [(), (1,), (4,)])
+    held = parts.frozen_norm().measure(some.batch(), gates, rule).mean(1).numpy()
+    np.testing.assert_allclose(frame["total_held"], held[0] - held[1:], atol=1e-5)
+    assert frame["rest"].abs().max() < 1e-5
+    free = nodes(model)
+    other = self_repair(free, some, rule, closed=["L0.h1", "L0.mlp"]).parts
+    assert (frame["total_held"] - other["total_held"]).abs().max() > 1e-4
+
+
+def test_noise_on_the_embeddings_has_no_direct_effects() -> None:
+    parts, some = gated(Model.load(tiny("gpt2")), ["L*.h*", "L*.mlp"]), examples(2)
+    noisy = parts.under(torch.zeros(2, 7, 32))
+    with pytest.raises(GateError, match="leave it out"):
+        self_repair(noisy, some, parts.fallback("zero"))

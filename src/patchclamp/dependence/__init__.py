@@ -2,11 +2,11 @@
 
 from patchclamp.dependence.association import Association, Recorded, associate, recorded
 from patchclamp.dependence.closings import Closings, close_pairs
+from patchclamp.dependence.compensation import SelfRepair, erasure, joint_backups, self_repair
 from patchclamp.dependence.conditional import changed_roles, conditional_roles
 from patchclamp.dependence.curvature import Fit, agreement, curvature
 from patchclamp.dependence.interactions import interaction_table, interactions, named, relations
 from patchclamp.dependence.network import Communities, Connectome, communities, connectome, double_dissociation, lesion, overlap
-from patchclamp.dependence.repair import SelfRepair, erasure, joint_backups, self_repair
 from patchclamp.dependence.screen import Missed, Screened, screen
 from patchclamp.dependence.shapley import Shapley, shapley
 from patchclamp.dependence.table import Dependence

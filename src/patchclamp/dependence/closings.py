@@ -17,7 +17,7 @@ from torch import Tensor
 from patchclamp.errors import GateError, PatchclampError
 from patchclamp.methods import counted, groups_of, noise_floor
 from patchclamp.metrics import Metric, metric_named
-from patchclamp.parts import Fallback, Gated, Parts
+from patchclamp.parts import Fallback, Gated, Parts, Tied
 from patchclamp.scores import Part
 from patchclamp.tasks import Examples
 
@@ -170,10 +170,12 @@ def closed_gates(parts: Parts, settings: Sequence[Sequence[int]]) -> Float[Tenso
     return gates
 
 
-def held_norm(parts: Parts) -> Gated:
+def held_norm(parts: Parts) -> Gated | Tied:
     """The parts with the final norm's scale held; raises `GateError` where they are not parts at sites."""
-    if not isinstance(parts, Gated):
-        raise GateError(f"the norm's scale can be held under parts at sites (nodes, gated), not under {type(parts).__name__}")
+    if not isinstance(parts, Gated | Tied):
+        raise GateError(
+            f"the norm's scale can be held under parts at sites (nodes, gated, tied), not under {type(parts).__name__}"
+        )
     return parts.frozen_norm()
 
 

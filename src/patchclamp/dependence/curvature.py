@@ -95,24 +95,38 @@ def hessian(
     batch_size: int = 16,
 ) -> Float[np.ndarray, "row part example"]:
     """Rows of the benefit's Hessian in the counted parts' gates, per example; arguments, cost and errors as of `curvature`."""
-    if not isinstance(parts, Gated):
-        raise GateError(f"second derivatives are known of parts at sites (nodes, gated), not of {type(parts).__name__}")
     chosen = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
-    if chosen.reference or chosen.name == "top1":
-        raise MetricError(
-            f"{chosen.name} has no slope where all gates are open, so no curvature tells anything: take another metric"
-        )
+    curved = require_curved(parts, chosen)
     pieces: list[Tensor] = []
     for batch in examples.batches(batch_size):
-        pieces.append(chosen.sign * _of_batch(parts, batch.to(parts.model.device), fallback, chosen, rows, gate, frozen_norm))
+        pieces.append(chosen.sign * _of_batch(curved, batch.to(parts.model.device), fallback, chosen, rows, gate, frozen_norm))
     return torch.cat(pieces, -1).cpu().double().numpy()
+
+
+def require_curved(parts: Parts, metric: Metric) -> Gated:
+    """The parts, where second derivatives are known of them under this metric.
+
+    Raises:
+        GateError: parts that are not at sites.
+        MetricError: a metric whose slope is zero by definition or where all gates are open (KL, top1).
+    """
+    if not isinstance(parts, Gated):
+        raise GateError(f"second derivatives are known of parts at sites (nodes, gated), not of {type(parts).__name__}")
+    if metric.reference or metric.name == "top1":
+        raise MetricError(
+            f"{metric.name} has no slope where all gates are open, so no curvature tells anything: take another metric"
+        )
+    return parts
 
 
 def _of_batch(
     parts: Gated, batch: Batch, fallback: Fallback, metric: Metric, rows: Sequence[int], gate: float, frozen_norm: bool
 ) -> Float[Tensor, "row part example"]:
     model, columns = parts.model, list(parts.counted)
-    start = reference(model, batch, inputs=False, prefix=False, normed=True) if frozen_norm else Start()
+    start, routed = Start(), parts.routing == "frozen"
+    if frozen_norm or routed:
+        with model.editing(parts.base(), batch):
+            start = reference(model, batch, inputs=False, prefix=False, routed=routed, normed=frozen_norm)
     gates = parts.open().expand(-1, len(batch), -1, -1).clone()
     gates[..., columns] = gate
     with frozen(model), eager(model.anatomy), torch.enable_grad(), _explained(model.name):

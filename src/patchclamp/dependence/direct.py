@@ -88,6 +88,10 @@ def _require_nodes(parts: Gated) -> None:
         site = parts.labels[number]
         if site.kind not in ("head", "mlp") or site.position is not None:
             raise GateError(f"direct effects are known of whole heads and MLPs (nodes), and {site} is neither")
+    if parts.added is not None:
+        raise GateError(
+            "direct effects are of the model's own runs, and these parts add something to its embeddings: leave it out"
+        )
 
 
 def _of_batch(
@@ -95,7 +99,8 @@ def _of_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     model = parts.model
     batch = batch.to(model.device)
-    start = reference(model, batch, prefix=False) if not why_plain(model) else Start()
+    middle, routed = not why_plain(model), parts.routing == "frozen"
+    start = reference(model, batch, inputs=middle, prefix=False, routed=routed) if middle or routed else Start()
     (own,) = _runs(parts, batch, fallback, [()], Start())
     direction = _direction(model, batch, own.last[0], readout)
     pieces: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -103,8 +108,7 @@ def _of_batch(
         size = max(1, parts.fold(batch, backward=True))
         for at in range(0, len(some), size):
             numbers = some[at : at + size]
-            begun = start if start.inputs else Start()
-            for writes in _runs(parts, batch, fallback, [settings[number] for number in numbers], begun, first):
+            for writes in _runs(parts, batch, fallback, [settings[number] for number in numbers], start, first):
                 pieces.append(_read(parts, batch, writes, own, direction, readout, numbers))
     order = torch.tensor([number for _, some in _by_first_block(parts, settings) for number in some]).argsort()
     return tuple(torch.cat([piece[one] for piece in pieces])[order] for one in range(3))  # type: ignore[return-value]

@@ -107,8 +107,13 @@ def relations(
         the second), `word`, `relation`.
 
     Raises:
-        PatchclampError: the two were not measured on the same pairs, or under one and the same fallback.
+        PatchclampError: the two were not measured on the same pairs, or under one and the same fallback; or compensation is
+            known under one of them alone.
     """
+    if repair and len(repair) != 2:
+        raise PatchclampError(
+            f"backups are told by compensation under both fallbacks, and {len(repair)} table was given: give two"
+        )
     if [str(part) for part in first.parts] != [str(part) for part in second.parts] or first.pairs != second.pairs:
         raise PatchclampError("relations compare the same pairs of the same parts under two fallbacks: measure both alike")
     if first.about["fallback"] == second.about["fallback"]:

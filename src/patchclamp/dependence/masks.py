@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from patchclamp.dependence.closings import Pairs
+from patchclamp.errors import PatchclampError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks import Examples
@@ -43,7 +44,14 @@ def masked(
     """Run every example under random masks that close a share of the counted parts each.
 
     Cost: `passes` forward passes over the examples, and one for the benefit with all gates open.
+
+    Raises:
+        PatchclampError: no passes, or a share that closes nothing or everything.
     """
+    if passes < 1 or not 0 < share < 1:
+        raise PatchclampError(
+            f"{passes} masks that close {share} of the parts were asked for: give 1 or more, and a share below 1"
+        )
     chosen = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
     draw, shut, lost = torch.Generator().manual_seed(seed), list[np.ndarray](), list[np.ndarray]()
     columns = list(parts.counted)
@@ -64,7 +72,14 @@ def sparse_pairs(seen: Masked, kept: int = KEPT, rounds: int = ROUNDS) -> tuple[
     centred closings is correlated with what the regression so far leaves unexplained, the largest join it, and a lasso, its
     price chosen by cross-validation, keeps what it needs; a few rounds. No heredity is asked for: two parts that do nothing
     alone are found as any others.
+
+    Raises:
+        PatchclampError: fewer than 10 observations, which cannot be cross-validated.
     """
+    if len(seen.loss) < 10:
+        raise PatchclampError(
+            f"pairs were to be found in {len(seen.loss)} observations: give more prompts, or more masks (passes=)"
+        )
     from sklearn.linear_model import LassoCV
 
     share = seen.closed.mean(0)

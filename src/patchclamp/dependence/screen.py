@@ -1,21 +1,22 @@
 """Screen: of many parts, the pairs that interact, found by estimates, verified exactly, and what was missed bounded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import comb
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from patchclamp.dependence.closings import Pairs, close_pairs
-from patchclamp.dependence.curvature import Fit, agreement, curvature, largest
+from patchclamp.dependence.curvature import Fit, agreement, curvature, largest, require_curved
 from patchclamp.dependence.interactions import interaction_table
 from patchclamp.dependence.masks import masked, sparse_pairs
 from patchclamp.dependence.table import Dependence
 from patchclamp.errors import PatchclampError
 from patchclamp.methods import counted, effects
-from patchclamp.metrics import Metric
-from patchclamp.parts import Fallback, Gated, Parts
+from patchclamp.metrics import Metric, metric_named
+from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks import Examples
 
 
@@ -96,6 +97,7 @@ def screen(
     batch_size: int = 64,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Screened:
     """Find the interactions of parts too many for all pairs: random masks with sparse regression, and second derivatives.
 
@@ -117,52 +119,63 @@ def screen(
         batch_size: examples at once.
         seed: of masks, sample, bootstrap and sign flips.
         about: provenance to add.
+        progress: told (what is running, how much is done, how much there is).
 
     Cost: `passes` forward passes over the examples for the masks, one per part and `rows` backward passes for the second
     derivatives, and one per verified pair and per part in one.
 
     Raises:
-        PatchclampError: fewer pairs than are to be verified and drawn.
+        PatchclampError: fewer pairs than are to be verified and drawn; masks that close nothing or everything; or masks that point
+            to no pair, where no threshold was given either.
+        GateError, MetricError: second derivatives of parts, or of a metric, that have none.
     """
     labels = counted(parts)
     total = comb(len(labels), 2)
     if top < 1 or sample < 1 or total <= top + sample:
         raise PatchclampError(f"{top} + {sample} pairs are to be measured of {total}: measure all of them (interactions)")
+    if rows:  # before anything runs
+        require_curved(parts, metric if isinstance(metric, Metric) else metric_named(metric or examples.metric))
+    told = progress or (lambda what, done, of: None)
+    told("masks", 0, 1)
     seen = masked(parts, examples, fallback, metric=metric, passes=passes, share=share, batch_size=batch_size, seed=seed)
-    guesses: dict[str, dict[tuple[int, int], float]] = {}
     pairs, estimate = sparse_pairs(seen)
-    guesses["by_masks"] = dict(zip(pairs, estimate.tolist(), strict=True))
+    guesses = {"by_masks": dict(zip(pairs, estimate.tolist(), strict=True))}
+    told("masks", 1, 1)
     if rows:
+        told("second derivatives", 0, 1)
         guesses["by_curvature"] = _bends(parts, examples, fallback, metric, rows, top, batch_size)
+        told("second derivatives", 1, 1)
     chosen = _interleaved([list(guess) for guess in guesses.values()], top)
+    if not chosen and threshold is None:
+        raise PatchclampError(
+            f"{len(seen.loss)} masks point to no pair, so it is not known what a large interaction is: give more prompts or masks, or a threshold"
+        )
     drawn = _others(len(labels), set(chosen), sample, seed)
     names = [str(label) for label in labels]
     closings = close_pairs(
-        parts,
-        examples,
-        fallback,
-        metric=metric,
-        pairs=[(names[i], names[j]) for i, j in [*chosen, *drawn]],
-        batch_size=batch_size,
-    )
+        parts, examples, fallback, metric=metric, pairs=[(names[i], names[j]) for i, j in [*chosen, *drawn]],
+        batch_size=batch_size, progress=lambda done, of: told("pairs", done, of),
+    )  # fmt: skip
     facts = {"method": "screen", "passes": passes, "share": share, "rows": rows, **(about or {})}
     table = interaction_table(closings, seed=seed, about=facts)
-    known = {name: [guess.get(pair) for pair in closings.pairs] for name, guess in guesses.items()}
+    return _judged(table, closings.pairs, guesses, set(chosen), total, threshold)
+
+
+def _judged(
+    table: Dependence, pairs: Pairs, guesses: Mapping[str, Mapping[tuple[int, int], float]], chosen: set[tuple[int, int]],
+    total: int, threshold: float | None,
+) -> Screened:  # fmt: skip
+    """What was measured, with the estimates beside it, parted into the pairs that were chosen and those that were drawn."""
+    known = {name: [guess.get(pair) for pair in pairs] for name, guess in guesses.items()}
     table = Dependence(table.table.with_columns(**_floats(known)), table.parts, table.about)
-    verified = set(chosen)
-    mine = np.array([pair in verified for pair in closings.pairs])
-    found = Dependence(table.table.filter(mine), table.parts, table.about)
-    random = Dependence(table.table.filter(~mine), table.parts, table.about)
-    limit = 0.5 * float(np.abs(found.table["score"].to_numpy()).max(initial=0)) if threshold is None else threshold
+    mine = np.array([pair in chosen for pair in pairs])
+    found, random = (Dependence(table.table.filter(rows), table.parts, table.about) for rows in (mine, ~mine))
+    limit = 0.5 * float(np.abs(found.table["score"].to_numpy()).max()) if threshold is None else threshold
     missed = bound(np.abs(random.table["score"].to_numpy()), total - len(chosen), limit)
-    fits = {
-        name: agreement(
-            Dependence(table.table.with_columns(score=name).select("a", "b", "score").fill_null(0.0), table.parts, {}), table
-        )
-        for name in guesses
-    }
-    order = Dependence(found.top(len(found)), found.parts, found.about)
-    return Screened(order, random, missed, fits, table.about)
+    # a pair that an estimate does not name, it says nothing of
+    guessed = {name: table.table.select("a", "b", score=pl.col(name).fill_null(0.0)) for name in guesses}
+    fits = {name: agreement(Dependence(rows, table.parts, {}), table) for name, rows in guessed.items()}
+    return Screened(Dependence(found.top(len(found)), found.parts, found.about), random, missed, fits, table.about)
 
 
 def bound(sizes: np.ndarray, pairs: int, threshold: float) -> Missed:
@@ -182,7 +195,6 @@ def _bends(
     labels = counted(parts)
     sizes = effects(parts, examples, fallback, metric=metric, batch_size=batch_size).mean(1).abs()
     most = sizes.argsort(descending=True)[:rows].tolist()
-    assert isinstance(parts, Gated)
     table = curvature(
         parts, examples, fallback, metric=metric, rows=[labels[number] for number in most], batch_size=min(16, batch_size)
     )
@@ -212,6 +224,4 @@ def _others(parts: int, chosen: set[tuple[int, int]], sample: int, seed: int) ->
 
 
 def _floats(columns: Mapping[str, list[float | None]]) -> dict[str, Any]:
-    import polars as pl
-
     return {name: pl.Series(values, dtype=pl.Float64) for name, values in columns.items()}

@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchclamp.dependence.closings import closed_gates, held_norm
+from patchclamp.dependence.closings import Progress, closed_gates, held_norm
 from patchclamp.dependence.table import Dependence
 from patchclamp.errors import PatchclampError
 from patchclamp.methods import counted, groups_of
 from patchclamp.metrics import Metric, metric_named
-from patchclamp.parts import Fallback, Gated, Parts
+from patchclamp.parts import Fallback, Parts
 from patchclamp.scores import Scores
 from patchclamp.scores.statistics import grouped, names_of
 from patchclamp.tasks import Examples
@@ -38,6 +38,8 @@ from patchclamp.tasks import Examples
 RESAMPLES = 1000
 TOGETHER = 4096
 """Settings of one call."""
+Path = tuple[np.ndarray, np.ndarray]
+"""A permutation of the parts, and which of its neighbours count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,8 @@ class Shapley:
         values: a row per part: `score` = phi with `low`, `high` (bootstrap over groups of examples and over rounds of permutations
             together), `p`, `q` (over examples), `sampling` (standard error from permutations alone; empty with one round).
         pairs: a row per pair: `score` = the Shapley interaction index, `low`, `high`, `p`, `q`, `sampling` likewise.
-        efficiency: the largest |sum of a permutation's marginals - (v(all) - v(none))| over permutations and examples: rounding.
+        efficiency: the largest |sum of a permutation's marginals - (v(all) - v(none))| over permutations and examples, both ends
+            measured by themselves: rounding.
         about: what produced them; `permutations` is how many were run.
     """
 
@@ -75,6 +78,7 @@ def shapley(
     batch_size: int = 64,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Shapley:
     """Shapley value of every part and Shapley interaction index of every pair.
 
@@ -88,8 +92,9 @@ def shapley(
         batch_size: examples at once.
         seed: of permutations, bootstrap and sign flips.
         about: provenance to add.
+        progress: called with (permutations x examples done, in all).
 
-    Cost: about 2 n^2 forward passes a round (n permutations of n prefixes, and one exchange for each of n - 1 neighbours).
+    Cost: about 2 n^2 forward passes a round (n permutations of n prefixes, and one exchange for each of n - 1 neighbours), and two.
 
     Raises:
         PatchclampError: fewer than two parts, or no rounds.
@@ -99,27 +104,14 @@ def shapley(
     n = len(labels)
     if n < 2 or rounds < 1:
         raise PatchclampError(f"Shapley values of {n} parts in {rounds} rounds were asked for: give 2 parts and 1 round at least")
-    measuring: Parts | Gated = held_norm(parts) if frozen_norm else parts
-    singles, doubles = np.zeros((rounds, n, len(examples))), np.zeros((rounds, n, n, len(examples)))
-    worst, draw, walks = 0.0, np.random.default_rng(seed), 0
-    for number in range(rounds):
-        paths = permutations(n, draw.permutation(n + n % 2))
-        walks += len(paths)
-        first = 0
-        for batch in examples.batches(batch_size):
-            here = slice(first, first + len(batch))
-            first += len(batch)
-            for path, count in paths:
-                chain, swapped = _walk(measuring, batch, fallback, chosen, path)
-                gains = np.diff(chain, axis=0)
-                worst = max(worst, float(np.abs(gains.sum(0) - (chain[-1] - chain[0])).max()))
-                singles[number, path, here] += gains / len(paths)
-                pair = chain[2:] - chain[1:-1] - swapped + chain[:-2]
-                a, b = np.minimum(path[:-1], path[1:]), np.maximum(path[:-1], path[1:])
-                doubles[number, a[count], b[count], here] += pair[count] / 2  # every pair is met forwards and backwards
+    measuring: Parts = held_norm(parts) if frozen_norm else parts
+    draw = np.random.default_rng(seed)
+    paths = [permutations(n, draw.permutation(n + n % 2)) for _ in range(rounds)]
+    singles, doubles, worst = _sampled(measuring, examples, fallback, chosen, n, paths, batch_size, progress)
     facts = {
-        "method": "shapley", "metric": chosen.name, "fallback": fallback.kind, "seed": seed, "rounds": rounds, "permutations": walks,
-        "norm": "frozen" if frozen_norm else "free", "model": parts.model.name, "task": examples.task, **(about or {}),
+        "method": "shapley", "metric": chosen.name, "fallback": fallback.kind, "seed": seed, "rounds": rounds,
+        "permutations": sum(map(len, paths)), "norm": "frozen" if frozen_norm else "free", "model": parts.model.name,
+        "task": examples.task, **(about or {}),
     }  # fmt: skip
     groups = groups_of(examples)
     upper = np.triu_indices(n, 1)
@@ -133,6 +125,30 @@ def shapley(
     return Shapley(values, pairs, worst, facts)
 
 
+def _sampled(
+    parts: Parts, examples: Examples, fallback: Fallback, metric: Metric, n: int, rounds: Sequence[Sequence[Path]],
+    batch_size: int, progress: Progress | None,
+) -> tuple[Float[np.ndarray, "round part example"], Float[np.ndarray, "round part part example"], float]:  # fmt: skip
+    """Of every round, the mean marginal of each part and the index of each pair; and how far permutations are from efficient."""
+    singles, doubles = (np.zeros((len(rounds), *(n,) * axes, len(examples))) for axes in (1, 2))
+    worst, first, done, total = 0.0, 0, 0, sum(map(len, rounds)) * len(examples)
+    for batch in examples.batches(batch_size):
+        here = slice(first, first := first + len(batch))
+        none, every = _values(parts, batch, fallback, metric, [range(n), ()])
+        for number, (path, count) in ((number, path) for number, paths in enumerate(rounds) for path in paths):
+            chain, swapped = _walk(parts, batch, fallback, metric, path)
+            gains = np.diff(chain, axis=0)
+            worst = max(worst, float(np.abs(gains.sum(0) - (every - none)).max()))
+            singles[number, path, here] += gains / len(rounds[number])
+            pair = chain[2:] - chain[1:-1] - swapped + chain[:-2]
+            a, b = np.minimum(path[:-1], path[1:]), np.maximum(path[:-1], path[1:])
+            doubles[number, a[count], b[count], here] += pair[count] / 2  # every pair is met forwards and backwards
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+    return singles, doubles, worst
+
+
 def _walk(
     parts: Parts, batch: Any, fallback: Fallback, metric: Metric, path: np.ndarray
 ) -> tuple[Float[np.ndarray, "prefix example"], Float[np.ndarray, "neighbour example"]]:
@@ -140,23 +156,29 @@ def _walk(
     n, order = len(path), path.tolist()
     closed = [order[k:] for k in range(n + 1)]
     exchanged = [[order[k], *order[k + 2 :]] for k in range(n - 1)]
-    settings = [*closed, *exchanged]
-    found: list[Tensor] = []
-    for start in range(0, len(settings), TOGETHER):
-        gates = closed_gates(parts, settings[start : start + TOGETHER])
-        found.append(metric.sign * parts.measure(batch, gates, fallback, metric))
-    values = torch.cat(found).cpu().double().numpy()
+    values = _values(parts, batch, fallback, metric, [*closed, *exchanged])
     return values[: n + 1], values[n + 1 :]
 
 
-def permutations(n: int, names: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _values(
+    parts: Parts, batch: Any, fallback: Fallback, metric: Metric, closed: Sequence[Sequence[int]]
+) -> Float[np.ndarray, "setting example"]:
+    """v with each of these sets closed."""
+    found: list[Tensor] = []
+    for start in range(0, len(closed), TOGETHER):
+        gates = closed_gates(parts, closed[start : start + TOGETHER])
+        found.append(metric.sign * parts.measure(batch, gates, fallback, metric))
+    return torch.cat(found).cpu().double().numpy()
+
+
+def permutations(n: int, names: np.ndarray) -> list[Path]:
     """Paths through n parts in which each two are neighbours exactly once, and the same backwards; and which neighbours count.
 
     Walecki's zigzags through an even number of points, at which the parts stand as `names` says. An odd number of parts gets one
     point more, which is left out again: those whom it parted become neighbours by that, and do not count. (A player that does
     nothing changes no Shapley interaction.)
     """
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    found: list[Path] = []
     for path in _zigzags(names):
         places = np.flatnonzero(path != n)
         count = np.diff(places) == 1

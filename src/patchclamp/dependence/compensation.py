@@ -22,12 +22,13 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from patchclamp.dependence.closings import held_norm, place_of
+from patchclamp.dependence.closings import closed_gates, place_of
 from patchclamp.dependence.direct import Shares, factor, shares
 from patchclamp.dependence.table import Dependence
 from patchclamp.errors import GateError
-from patchclamp.methods import counted, effects, groups_of
-from patchclamp.parts import Fallback, Gated, Parts
+from patchclamp.methods import counted, groups_of
+from patchclamp.metrics import metric_named
+from patchclamp.parts import Fallback, Gated, Parts, benefits
 from patchclamp.scores import Part, Scores
 from patchclamp.scores.statistics import judged
 from patchclamp.sites import Site
@@ -102,9 +103,10 @@ def self_repair(
     found = shares(nodes_, examples, fallback, [(), *((number,) for number in chosen), range(len(labels))], batch_size=batch_size)
     facts = _facts(parts, examples, fallback, seed) | {"method": "self-repair", "alpha": alpha, **(about or {})}
     groups = groups_of(examples)
-    every = effects(parts, examples, fallback, metric="logit_diff", batch_size=batch_size).double().numpy()
+    gates = closed_gates(parts, [(), *((number,) for number in chosen)])
+    free = benefits(parts, examples, gates, fallback, metric_named("logit_diff"), batch_size).double().numpy()
     table = _pairs(found, labels, chosen, groups, alpha, seed, facts)
-    return SelfRepair(table, _by_part(found, labels, chosen, every, groups, seed), facts)
+    return SelfRepair(table, _by_part(found, labels, chosen, free[0] - free[1:], groups, seed), facts)
 
 
 def joint_backups(
@@ -183,8 +185,9 @@ def erasure(
 
 
 def _nodes(parts: Parts) -> Gated:
-    held_norm(parts)  # says what is wrong where the norm cannot be held
-    assert isinstance(parts, Gated)
+    if not isinstance(parts, Gated):
+        raise GateError(f"direct effects are known of whole heads and MLPs (nodes), not of {type(parts).__name__}")
+    parts.frozen_norm()  # says what is wrong where the norm cannot be held
     return parts
 
 
@@ -222,16 +225,16 @@ def _pairs(
 
 
 def _by_part(
-    found: Shares, labels: list[Part], chosen: list[int], every: np.ndarray, groups: list[str], seed: int
+    found: Shares, labels: list[Part], chosen: list[int], total: np.ndarray, groups: list[str], seed: int
 ) -> pl.DataFrame:
-    """A row per closed part."""
+    """A row per closed part; `total` is what closing it takes with the norm free."""
     change = found.shares[1:-1] - found.shares[0]
     rows = np.arange(len(chosen))
     direct = -change[rows, chosen]
     change[rows, chosen] = 0
     held = found.total[0] - found.total[1:-1]
     mlp = np.array([isinstance(label, Site) and label.kind == "mlp" for label in labels])
-    total, compensation = every[chosen], change.sum(1)
+    compensation = change.sum(1)
     rest = direct - compensation - held
     named = {
         "total": total, "total_held": held, "direct": direct, "compensation": compensation, "heads": change[:, ~mlp].sum(1),
