@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from patchclamp.cli import change, inspect, look, patching, questions, relate, sweep
+from patchclamp.cli import bench, change, inspect, look, patching, questions, relate, sweep
 from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ questions.add(app)
 patching.add(app)
 relate.add(app)
 sweep.add(app)
+bench.add(app)
 change.add(app)
 inspect.add(app)
 look.add(app)

@@ -80,8 +80,8 @@ def stability(
     found: list[tuple[str, Circuit]] = []
     for _ in range(resamples):
         counts = Counter(groups[int(i)] for i in rng.integers(len(groups), size=len(groups)))
-        rows = [i for i, name in enumerate(names) for _ in range(counts[name])]
-        found.append(("prompts", find(examples.take(rows), **first)))
+        drawn = [i for i, name in enumerate(names) for _ in range(counts[name])]
+        found.append(("prompts", find(examples.take(drawn), **first)))
     found += [("seed", find(examples, method=methods[0], seed=other, order=orders[0])) for other in seeds[1:]]
     found += [("order", find(examples, method=methods[0], seed=seeds[0], order=other)) for other in orders[1:]]
     found += [("method", find(examples, method=other, seed=seeds[0], order=orders[0])) for other in methods[1:]]
