@@ -204,6 +204,8 @@ class Loss:
 
     def without(self, closed: Sequence[Collection[int]]) -> list[float]:
         """With some parts closed, by number."""
+        if not closed:  # all of the next parts are cut off
+            return []
         gates = self.parts.open(len(closed))
         for setting, numbers in enumerate(closed):
             gates[setting, ..., list(numbers)] = 0
