@@ -44,6 +44,26 @@ METHODS = sorted(
 )
 """`methods.method_names()`, without what they import."""
 Method = Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [default: integrated]")]
+Parts = Annotated[
+    str | None,
+    typer.Option(
+        "--parts",
+        help="nodes (heads and MLPs), edges or neurons: of these a screen finds those worth an exact effect. [default: nodes]",
+    ),
+]
+Screen = Annotated[str | None, typer.Option("--screen", help="The method that ranks edges or neurons first. [default: gradient]")]
+Methods = Annotated[
+    str | None, typer.Option("--methods", help="Those to put side by side, with commas between: gradient,inputs,relevance.")
+]
+Search = Annotated[
+    str | None, typer.Option("--search", help="Of the circuit: threshold (by effect), acdc, greedy. [default: threshold]")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold", help="acdc: what a part must be worth to stay, in nats or units of --metric. [default: 1% of the whole]"
+    ),
+]
 Budget = Annotated[str | None, typer.Option(help="Of the learned gates: default, code (the authors' code), paper (its text).")]
 Pressure = Annotated[float | None, typer.Option("--lambda", help="Pressure on the gates; by default the budget's.")]
 Faithfulness = Annotated[float | None, typer.Option(help="What the circuit is to keep. [default: 0.85]")]
@@ -58,6 +78,17 @@ Sight = Annotated[str | None, typer.Option(help="The residual stream that dynami
 Contrast = Annotated[
     str | None, typer.Option(help="Another task: gates that keep this one and lose that, and the other way round.")
 ]
+Keep = Annotated[
+    list[int] | None, typer.Option("--keep", help="Learn the set of exactly so many parts that keeps most. May be repeated.")
+]
+Price = Annotated[
+    list[float] | None, typer.Option("--price", help="Learn the set that is left where an open gate costs so many nats. May be repeated.")
+]
+Solutions = Annotated[bool, typer.Option("--solutions", help="Also the distinct sets that suffice, and what stands in for what.")]
+ShapleyOption = Annotated[bool, typer.Option("--shapley", help="Also Shapley values and interactions among these parts.")]
+ScreenPairs = Annotated[
+    bool, typer.Option("--screen-pairs", help="Also screen the pairs of all parts, by random masks, with a bound on what is missed.")
+]
 PairsOf = Annotated[
     int | None, typer.Option(help="relate: parts, of largest effect, whose pairs are closed together. [default: 60]")
 ]
@@ -71,6 +102,8 @@ CHOICES = {
     "routing": ("free", "frozen"),
     "budget": ("default", "code", "paper"),
     "dynamic": ("phase", "example", "token"),
+    "parts": ("nodes", "edges", "neurons"),
+    "search": ("threshold", "acdc", "greedy"),
 }
 
 
@@ -147,6 +180,7 @@ def _from_run(folder: Path, given: dict[str, Any], loading: dict[str, Any], aske
 
 def _summary(study: Any, report: Path) -> dict[str, Any]:
     record = study.record
+    many = record.localisation is not None and "exact" not in record.scores.columns
     return {
         "headline": record.headline,
         "folder": str(study.folder),
@@ -155,9 +189,12 @@ def _summary(study: Any, report: Path) -> dict[str, Any]:
         "circuit": None if record.circuit is None else [str(site) for site in record.circuit],
         "trust": record.trust,
         "nulls": record.nulls,
+        "sets": None if record.sets is None else record.sets.table.to_dicts(),
+        "alternatives": None if record.alternatives is None else record.alternatives.table.to_dicts(),
         "claims": record.claims,
         "warnings": record.warnings,
-        "scores": record.scores.to_dicts(),
+        "scores": (record.localisation.scores if many else record.scores).to_dicts(),
+        "verified": None if record.localisation is None else record.localisation.about.get("verified"),
     }
 
 
@@ -174,38 +211,56 @@ def add(app: typer.Typer) -> None:
             ("relate",),
             "How parts depend on each other: interactions, conditional roles, self-repair, connectome, outputs.",
         ),
+        (
+            "localise",
+            ("localise",),
+            "Several methods on the same parts, side by side: agreement, faithfulness of their circuits, routes of one prompt.",
+        ),
         ("trust", ("discover", "trust"), "Judge the circuit: faithfulness, completeness, minimality, random circuits."),
     ):
         app.command(name, help=about)(_command(name, steps))
 
 
-OWN = {"pairs_of": "relate", "dynamic": "gate", "sight": "gate", "contrast": "gate"}
-"""Options that one command alone has."""
+OWN = {
+    "pairs_of": ("relate",), "shapley": ("relate",), "screen_pairs": ("relate",), "dynamic": ("gate",), "sight": ("gate",),
+    "contrast": ("gate",), "keep": ("gate",), "price": ("gate",), "solutions": ("gate",),
+    "parts": ("attribute", "discover", "trust", "localise"), "screen": ("attribute", "discover", "trust", "localise"),
+    "methods": ("localise",),
+    "search": ("map", "discover", "trust"), "threshold": ("map", "discover", "trust"),
+}  # fmt: skip
+"""Options that not every command has."""
 
 
 def _command(name: str, steps: tuple[str, ...] | None) -> Any:
     def command(
         subject: Subject, task: TaskArgument = None, out: Out = None, n: N = None, seed: Seed = None, metric: Metric = None,
         fallback: Fallback = None, second: Second = None, direction: Direction = None,
-        routing: Routing = None, method: Method = None, budget: Budget = None,
+        routing: Routing = None, method: Method = None, parts: Parts = None, screen: Screen = None, methods: Methods = None, search: Search = None,
+        threshold: Threshold = None, budget: Budget = None,
         pressure: Pressure = None, pairs_of: PairsOf = None, dynamic: Dynamic = None, sight: Sight = None, contrast: Contrast = None,
+        keep: Keep = None, price: Price = None, solutions: Solutions = False, shapley: ShapleyOption = False,
+        screen_pairs: ScreenPairs = False,
         faithfulness: Faithfulness = None, min_accuracy: MinAccuracy = None, random_circuits: Draws = None,
         no_nulls: NoNulls = False, force: Force = False, option: Options = None, columns: Columns = None, chat: Chat = False,
         bos: Bos = None, dtype: Dtype = None, device: Device = None, device_map: DeviceMap = None, revision: Revision = None,
         tokenizer: Tokenizer = None, trust_remote_code: Trust = False, memory: Memory = None, dry_run: DryRun = False, as_json: Json = False,
     ) -> None:  # fmt: skip
         given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction,
-                 "routing": routing, "method": method,
+                 "routing": routing, "method": method, "parts": parts, "screen": screen,
+                 "methods": None if methods is None else tuple(name.strip() for name in methods.split(",")), "search": search, "threshold": threshold,
                  "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
                  "random_circuits": random_circuits, "pairs_of": pairs_of, "dynamic": dynamic, "sight": sight, "contrast": contrast,
+                 "keep": tuple(keep) if keep else None, "prices": tuple(price) if price else None,
+                 "shapley": True if shapley else None, "screen_pairs": True if screen_pairs else None,
                  "nulls": False if no_nulls else None, "force": True if force else None}  # fmt: skip
         loading = {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision, "tokenizer": tokenizer,
                    "trust": trust_remote_code}  # fmt: skip
         asked = {"options": option, "columns": columns, "chat": chat, "bos": bos}
-        wanted = tuple(step for step, asked_for in (("dynamic", dynamic), ("contrast", contrast)) if asked_for is not None)
+        beyond = (("dynamic", dynamic), ("contrast", contrast), ("sets", keep or price), ("solutions", solutions))
+        wanted = tuple(step for step, asked_for in beyond if asked_for)
         _ask(wanted or steps, subject, task, out, as_json, given, loading, asked, memory, dry_run)
 
     whole = inspect.signature(command)  # typer reads it: options of other commands are left out
-    kept = [one for one in whole.parameters.values() if OWN.get(one.name, name) == name]
+    kept = [one for one in whole.parameters.values() if name in OWN.get(one.name, (name,))]
     command.__signature__ = whole.replace(parameters=kept)  # type: ignore[attr-defined]
     return command

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from patchclamp.cli.common import out, print_rows
-from patchclamp.store.record import Contrasts, Dynamics, Relations
+from patchclamp.store.record import Contrasts, Dynamics, Localisation, Relations
 from patchclamp.study import Study
 from patchclamp.study.claims import shown
 
@@ -29,9 +29,16 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
                    f"most frequent answer {base.majority:.0%}"))  # fmt: skip
     if "exact" in record.scores.columns:
         _parts(record.scores, record.fallbacks, base.metric)
+    if record.localisation is not None and record.localisation.scores.height:
+        _located(record.localisation)
     if record.circuit is not None:
         names = " ".join(str(site) for site in record.circuit)
-        out.print(Text.assemble(("Circuit ", "bold"), f"({len(record.circuit)} of {record.scores.height}): {names}"))
+        out.print(
+            Text.assemble(
+                ("Circuit ", "bold"),
+                f"({len(record.circuit)} of {record.circuit.about.get('of', record.scores.height)}): {names}",
+            )
+        )
     if record.trust is not None:
         trust = record.trust
         text = f"faithfulness {shown(trust.faithfulness)}; {trust.draws} random circuits {shown(trust.random)}"
@@ -56,6 +63,26 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
         claims.add_row(Text(claim.verdict, style=STYLES[claim.verdict]), sentence)
     out.print(claims)
     out.print(Text.assemble(("Report ", "bold"), str(report)), soft_wrap=True)  # a path in one piece can be clicked
+
+
+def _located(found: Localisation) -> None:
+    """The largest of the exact effects that were measured, beside what the screen had said of them."""
+    rows: list[dict[str, object]] = []
+    screen = str(found.about["methods"][0])
+    for row in found.scores.head(10).iter_rows(named=True):
+        span = "" if row["low"] is None else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+        effect = "below noise" if row["below_noise"] else f"{row['exact']:+.2f}{span}"
+        rows.append({"site": row["site"], "exact effect": effect, screen: f"{row[screen]:+.2f}"})
+    out.print()
+    out.print(
+        Text(
+            f"Largest exact effects of {found.about['of']} {found.about['parts']} (open minus closed, 95 % intervals)",
+            style="italic",
+        )
+    )
+    print_rows(rows)
+    out.print(Text(str(found.about["verified"]), style="dim"))
+    out.print()
 
 
 def _relations(found: Relations) -> None:

@@ -4,7 +4,8 @@ known to be smaller than what was found.
     1. screen: scores of every part (by default their slopes: one forward and one backward pass)
     2. verify: the exact effects of the parts of largest |score|, and of others drawn at random
     3. bound the largest |effect| among those left out (`discover.missed`), from those drawn at random
-    4. stop where the bound is below the k-th largest effect found, else verify twice as many
+    4. stop where the bound is below the k-th largest effect found (or a hundredth of the largest, where that is more), else
+       verify twice as many
 
 What the screen costs to be right about the k largest is the *cost of verified recall* (Kramar et al. 2024,
 https://arxiv.org/abs/2403.00745): how many exact effects it takes, in its order, until all of the k largest are among them.
@@ -29,6 +30,8 @@ from patchclamp.parts import Fallback, Parts
 from patchclamp.scores import Part, Scores
 from patchclamp.tasks import Examples
 
+MATERIAL = 0.01
+"""Effects below this share of the largest are not looked for."""
 Stopped = Literal["bounded", "everything", "budget"]
 FREE = 64
 """So many parts are verified whatever share of all they are: few parts are verified all."""
@@ -45,7 +48,7 @@ class Screened:
             whether it was drawn at random.
         ranking: a row per part: the exact effect where it was measured, else the screen's score; `verified` says which.
         missed: how large an effect may have been left out.
-        goal: the k-th largest |effect| found.
+        goal: what is to be excluded: the k-th largest |effect| found, or a hundredth of the largest where that is more.
         stopped: "bounded" (missed is below the goal), "everything" (all were verified) or "budget".
         settings: exact effects measured.
         agreement: rank correlation of screen and exact effect among the parts drawn at random; None where it is not defined.
@@ -61,9 +64,9 @@ class Screened:
 
     def __str__(self) -> str:
         done = {
-            "bounded": f"The {self.scores.about['top']} largest effects are found",
+            "bounded": f"No effect above {self.goal:.3g} was missed",
             "everything": "Every part was verified",
-            "budget": f"The budget ended before the {self.scores.about['top']} largest effects were known to be found",
+            "budget": f"The budget ended before it was known that no effect above {self.goal:.3g} was missed",
         }[self.stopped]
         return f"{done}: {self.settings} of {len(self.ranking)} exact effects measured; {self.missed}"
 
@@ -119,9 +122,8 @@ def screened(
     guess = cheap.double().mean(1).numpy()
     exact = partial(_exact, parts, examples, fallback, chosen, direction, batch_size)
     count = len(guess)
-    most = min(count, max(FREE, round(budget * count)))
-    sample = min(MOST, max(FEWEST, count // SHARE)) if sample is None else sample
-    search = _Search(guess, np.random.default_rng([seed, 13]).permutation(count), min(sample, count), confidence, top, most)
+    sample, _, most = planned(count, top, budget, sample)
+    search = _Search(guess, np.random.default_rng([seed, 13]).permutation(count), sample, confidence, top, most)
     found = search.run(exact, progress)
     about: dict[str, Any] = {
         "method": "exact", "screen": method, "metric": chosen.name, "fallback": fallback.kind, "n": len(examples), "seed": seed,
@@ -133,6 +135,13 @@ def screened(
             "Choose prompts, a metric or a fallback under which the behaviour goes away"
         )
     return _result(parts, examples, fallback, chosen, found, guess, about, seed)
+
+
+def planned(count: int, top: int = 10, budget: float = 0.25, sample: int | None = None) -> tuple[int, int, int]:
+    """Of so many parts: how many are drawn at random, how many exact effects are measured at first, and how many at most."""
+    most = min(count, max(FREE, round(budget * count)))
+    drawn = min(count, min(MOST, max(FEWEST, count // SHARE)) if sample is None else sample)
+    return drawn, min(most, drawn + max(drawn, 2 * top)), most
 
 
 def _exact(
@@ -200,7 +209,7 @@ class _Search:
                 progress(len(known), self.most)
             bound = self._missed(known, drawn, looks(self.confidence, look))
             sizes = sorted((abs(float(one.mean())) for one in known.values()), reverse=True)
-            goal = sizes[min(self.top, len(sizes)) - 1]
+            goal = max(sizes[min(self.top, len(sizes)) - 1], MATERIAL * sizes[0])
             stopped: Stopped | None = None
             if len(known) == len(best):
                 stopped = "everything"

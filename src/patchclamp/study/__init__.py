@@ -13,7 +13,6 @@ import polars as pl
 
 from patchclamp import gating
 from patchclamp.circuit import Circuit
-from patchclamp.discover import discover
 from patchclamp.discover.threshold import ranked
 from patchclamp.errors import PatchclampError
 from patchclamp.methods import groups_of
@@ -22,7 +21,7 @@ from patchclamp.scores import Scores
 from patchclamp.store import Run, Watch
 from patchclamp.store.record import Claim, Record
 from patchclamp.study import record as records
-from patchclamp.study import steps
+from patchclamp.study import located, steps
 from patchclamp.study.claims import Found, claims, headline
 from patchclamp.study.gates import contrasted, dynamic
 from patchclamp.study.plan import EXTRA, STEPS, Plan
@@ -38,6 +37,9 @@ FINISHED = {
     "roles": "gate",
     "second": "verify",
     "discover": "discover",
+    "acdc": "discover",
+    "greedy": "discover",
+    "screened": "attribute",
     "trust": "trust",
     "hubs": "relate",
     "dynamic": "dynamic",
@@ -124,6 +126,11 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
     if unknown := set(do) - {*STEPS, *EXTRA}:
         raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join((*STEPS, *EXTRA))}")
     do = {*do, *(step for name, step in FINISHED.items() if name in work.run.seconds)}  # what a run has found stays in it
+    if work.plan.parts != "nodes":
+        located.check(do)
+        parts = located.parts_of(work.plan, work.model, work.parts.memory)
+        work.found["located"] = located.locate(work, do, parts)
+        return _finish(work)
     score(work, do)
     if "verify" in do:
         _shift(work)
@@ -181,11 +188,7 @@ def _discover(work: Work) -> None:
     sites = [work.parts.labels[number] for number in work.parts.counted]
     about = {"method": "exact", "metric": work.metric, "fallback": work.fallback.kind, "seed": plan.seed}
     scores = Scores.from_samples(sites, samples.double().numpy(), about, groups=groups_of(split.select), seed=plan.seed)
-    circuit, _ = work.run.step(
-        "discover", discover, work.parts, split.select, work.fallback, scores, faithfulness=plan.faithfulness, by=plan.order,
-        metric=work.metric,
-    )  # fmt: skip
-    work.found |= {"circuit": circuit, "selected": scores}
+    work.found |= {"selected": scores, **located.searched(work, work.parts, split.select, work.fallback, scores)}
 
 
 def _trust(work: Work) -> None:
@@ -203,7 +206,9 @@ def _trust(work: Work) -> None:
 
 def _finish(work: Work) -> Study:
     found, model, task, run, confirm = work.found, work.model, work.task, work.run, work.split.confirm
-    trusted: Trusted | None = found.get("trusted")
+    many: located.Located | None = found.get("located")
+    trusted: Trusted | None = found.get("trusted") if many is None else many.trusted
+    circuit: Circuit | None = found.get("circuit") if many is None else many.circuit
     shifted: steps.Shifted | None = found.get("shifted")
     roles = found.get("roles")
     summary = Found(
@@ -212,7 +217,8 @@ def _finish(work: Work) -> Study:
         n=len(confirm),
         fallback=work.fallback.kind,
         baseline=work.baseline,
-        parts=len(work.parts.counted),
+        parts=len(work.parts.counted) if many is None else many.of,
+        noun="heads and MLPs" if many is None else many.parts,
         exact=found.get("exact"),
         second=found.get("second"),
         second_fallback=found.get("second_fallback", ""),
@@ -221,7 +227,7 @@ def _finish(work: Work) -> Study:
         agreement=found.get("agreement"),
         roles=None if roles is None else roles.table,
         nulls=() if roles is None else records.nulls_of(roles),
-        circuit=found.get("circuit"),
+        circuit=circuit,
         wanted=work.plan.faithfulness,
         trusted=trusted,
         relations=found.get("relations"),
@@ -240,15 +246,16 @@ def _finish(work: Work) -> Study:
         toggled="log-probability of the answer",
         curve=None if trusted is None else trusted.curve,
         random=None if trusted is None else trusted.draws,
-        circuit=found.get("circuit"),
+        circuit=circuit,
         trust=None if trusted is None else records.trust_of(trusted),
         examples=run.step("prompts", steps.prompts, model, confirm, work.metric),
         patterns=run.step("patterns-all" if top else "patterns-none", steps.patterns, model, confirm, top),
-        claims=claims(summary),
+        claims=(*claims(summary), *located.sentences(many or found, summary.scope)),
         warnings=tuple([*work.warnings, *(() if roles is None else roles.warnings)]),
         relations=found.get("relations"),
         dynamics=found.get("dynamics"),
         contrast=found.get("contrast"),
+        localisation=None if many is None else located.localisation(many, len(confirm), len(confirm)),
     )
     run.save(record)
     return Study(record, run.folder)

@@ -32,6 +32,7 @@ class Found:
     fallback: str
     baseline: Baseline
     parts: int
+    noun: str = "heads and MLPs"
     exact: Scores | None = None
     second: Scores | None = None
     second_fallback: str = ""
@@ -281,7 +282,7 @@ def headline(found: Found) -> str:
         right = f"gives the answer of {found.task} first in {base.top1:.0%} of {found.n} unseen prompts"
     text = f"{found.model} {right}"
     if found.circuit is not None and found.trusted is not None:
-        text += (f"; {len(found.circuit)} of its {found.parts} heads and MLPs keep {found.trusted.faithfulness.mean:.0%} of that "
+        text += (f"; {len(found.circuit)} of its {found.parts} {found.noun} keep {found.trusted.faithfulness.mean:.0%} of that "
                  f"(random sets of the same size {found.trusted.random.mean:.0%})")  # fmt: skip
     if found.exact is not None and not found.exact.too_few:
         best = found.exact.table.sort(pl.col("score").abs(), descending=True).row(0, named=True)

@@ -15,10 +15,12 @@ from patchclamp.parts.gated import Routing
 
 STEPS = ("gate", "attribute", "verify", "discover", "trust")
 """What a map does, in order; each can be asked for alone."""
-EXTRA = ("relate", "dynamic", "contrast")
+EXTRA = ("relate", "dynamic", "contrast", "localise", "sets", "solutions")
 """What is done where it is asked for."""
 FEWEST = 16  # prompts: four to confirm on
 Budget = Literal["default", "code", "paper"]
+Kind = Literal["nodes", "edges", "neurons"]
+Search = Literal["threshold", "acdc", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Plan:
         direction: noising closes parts on clean prompts; denoising puts clean values into corrupt prompts.
         routing: of a mixture of experts: free, or frozen to that of the model's own run.
         method: the attribution that `attribute` gives beside exact effects.
+        parts: what is asked about: nodes (heads and MLPs), edges or neurons (of which a screen finds those worth an exact effect).
+        screen: the method that ranks edges or neurons first.
+        methods: those that `localise` puts side by side; by default `study.localise.METHODS`.
+        search: of the circuit: threshold (parts in order of their effects), acdc, or greedy.
+        threshold: of acdc, what a part must be worth to stay; by default a hundredth of what closing everything takes.
         budget: of the learned gates: default, code (the authors' code), paper (its text).
         pressure: lambda of the learned gates; by default the budget's.
         faithfulness: what the circuit is to keep.
@@ -46,6 +53,10 @@ class Plan:
         dynamic: what gates may hang on: phase, example or token.
         sight: the residual stream that they read; by default that before the last block (example), or the embedding (token).
         contrast: another task, by name or file, that is to be lost while this one is kept.
+        keep: how many parts learned sets are to hold.
+        prices: of an open gate, in nats, of other learned sets.
+        shapley: whether the parts whose pairs are closed also get Shapley values and interactions among themselves.
+        screen_pairs: whether pairs among all parts are screened for, where `pairs_of` leaves parts out.
     """
 
     n: int | None = None
@@ -56,6 +67,11 @@ class Plan:
     direction: Direction = "noising"
     routing: Routing = "free"
     method: str = "integrated"
+    parts: Kind = "nodes"
+    screen: str = "gradient"
+    methods: tuple[str, ...] = ()
+    search: Search = "threshold"
+    threshold: float | None = None
     budget: Budget = "default"
     pressure: float | None = None
     faithfulness: float = 0.85
@@ -68,6 +84,10 @@ class Plan:
     dynamic: Scope | None = None
     sight: str | None = None
     contrast: str | None = None
+    keep: tuple[int, ...] = ()
+    prices: tuple[float, ...] = ()
+    shapley: bool = False
+    screen_pairs: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (("faithfulness", 0, 1), ("min_accuracy", 0, 1)):
@@ -86,6 +106,15 @@ class Plan:
             metric_named(self.metric)
         if self.method not in method_names():
             raise PatchclampError(f"there is no method {self.method!r}: choose from {', '.join(method_names())}")
+        if unknown := [name for name in self.methods if name not in method_names()]:
+            raise PatchclampError(f"there is no method {unknown[0]!r}: choose from {', '.join(method_names())}")
+        if self.screen == "exact" or self.screen not in method_names():
+            others = ", ".join(name for name in method_names() if name != "exact")
+            raise PatchclampError(f"a screen by {self.screen!r} was asked for: choose from {others}")
+        if self.threshold is not None and (self.search != "acdc" or not self.threshold > 0):
+            raise PatchclampError(
+                f"a threshold of {self.threshold} and the search {self.search!r} were asked for: a threshold is above 0, and of acdc"
+            )
         for name in ("fallback", "second"):
             kind = getattr(self, name)
             if kind is not None and kind.partition(":")[0] not in FALLBACKS:
@@ -96,6 +125,11 @@ class Plan:
             raise PatchclampError(f"there is no scope {self.dynamic!r} for dynamic gates: choose from {', '.join(SCOPES[1:])}")
         if self.sight is not None and self.dynamic is None:
             raise PatchclampError(f"the sight {self.sight!r} is of dynamic gates: say what they may hang on (--dynamic example)")
+        if any(size < 1 for size in self.keep) or not all(price > 0 for price in self.prices):
+            raise PatchclampError(
+                f"sets of {', '.join(map(str, self.keep)) or 'any number of'} parts at {', '.join(map(str, self.prices)) or 'no'} nats a "
+                "part were asked for: give 1 part or more, and prices above 0"
+            )
         if self.pairs_of < 2:
             raise PatchclampError(f"pairs of {self.pairs_of} parts were asked for: choose 2 or more")
         if self.random_circuits < 1:
@@ -115,4 +149,5 @@ class Plan:
     def of(cls, stored: Mapping[str, Any]) -> "Plan":
         """A plan as plan.json keeps it."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in stored.items() if name in known})
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        return cls(**{name: value for name, value in given.items() if name in known})

@@ -13,9 +13,10 @@ from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.parts import nodes
 from patchclamp.store.manifest import finished, place_of
-from patchclamp.study import FINISHED
+from patchclamp.study import FINISHED, located
 from patchclamp.study.cost import gates, pieces
 from patchclamp.study.cost.job import Job, Line
+from patchclamp.study.cost.many import many, search
 from patchclamp.study.cost.pace import Pace, calibrated
 from patchclamp.study.cost.work import Amount
 from patchclamp.study.plan import EXTRA, STEPS, Plan
@@ -137,6 +138,10 @@ def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Lin
     if unknown := set(do) - {*STEPS, *EXTRA}:
         raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join((*STEPS, *EXTRA))}")
     found = [*pieces.learned(job, job.kind, "the fallback"), pieces.baseline(job)]
+    if job.plan.parts != "nodes":
+        located.check(do)
+        found += [*many(job, do), pieces.prompts(job)]
+        return [replace(line, kept=True, expected=Amount(), most=Amount()) if line.step in kept else line for line in found]
     if {"attribute", "verify", "gate", "relate"} & set(do):
         found.append(pieces.exact(job, "exact", job.split.confirm, job.kind))
     if "verify" in do:
@@ -149,7 +154,8 @@ def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Lin
     if "verify" in do and job.plan.direction == "noising":
         found += pieces.behind_prefixes(job)
     found += gates.roles(job) if "gate" in do else []
-    found += [pieces.discover(job)] if {"discover", "trust"} & set(do) else []
+    if {"discover", "trust"} & set(do):
+        found.append(pieces.discover(job) if job.plan.search == "threshold" else search(job, job.parts))
     found += [pieces.trust(job)] if "trust" in do else []
     found += pieces.relate(job) if "relate" in do else []
     found += [pieces.prompts(job), *([pieces.patterns(job)] if any(line.step == "exact" for line in found) else [])]
