@@ -4,8 +4,8 @@ A gate's slope is <value - fallback, d metric / d value>. With a fallback that l
 gradient along any direction that one likes, for parts of every kind: nodes, neurons, edges.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from patchclamp.errors import GateError, MetricError
 from patchclamp.methods._notes import note
 from patchclamp.metrics import Metric
 from patchclamp.models.backward import Rules, ruled
-from patchclamp.models.editing import Edits
+from patchclamp.models.editing import Edits, Seen
 from patchclamp.parts import Fallback, Parts
 from patchclamp.parts.fallbacks import Values
 from patchclamp.parts.slopes import frozen
@@ -60,14 +60,18 @@ def first_order(metric: Metric, method: str) -> None:
 
 
 def slopes(
-    parts: Parts,
-    batch: Batch,
-    fallback: Fallback,
-    metric: Metric,
-    rules: Rules = PLAIN,
-    under: Edits | None = None,
+    parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, rules: Rules = PLAIN, under: Edits | None = None
 ) -> tuple[Float[Tensor, " example"], Float[Tensor, "example gate"]]:
-    """The metric with every gate open, and its slope in every gate, one forward and one backward pass.
+    """The metric with every gate open, and its slope in every gate. See `slopes_at`."""
+    value, slope, _ = slopes_at(parts, batch, fallback, metric, rules, under)
+    return value, slope
+
+
+def slopes_at(
+    parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, rules: Rules = PLAIN, under: Edits | None = None,
+    sites: Sequence[Site] = (),
+) -> tuple[Float[Tensor, " example"], Float[Tensor, "example gate"], dict[Site, Tensor]]:  # fmt: skip
+    """The metric with every gate open, its slope in every gate, and in what stands at whole-layer sites.
 
     Args:
         parts: whose gates.
@@ -76,6 +80,9 @@ def slopes(
         metric: of what.
         rules: of the backward pass.
         under: edits that come before those of gates: other embeddings.
+        sites: where slopes in values are wanted too.
+
+    Cost: one forward and one backward pass.
 
     Raises:
         MetricError: the metric does not depend on the logits at this run: every slope would be zero.
@@ -84,19 +91,34 @@ def slopes(
     batch, model = batch.to(parts.model.device), parts.model
     wide = torch.promote_types(model.dtype, torch.float32)
     leaf = parts.open().to(wide).expand(-1, len(batch), -1, -1).clone().requires_grad_()
+    root = torch.zeros(model.width, dtype=model.dtype, device=model.device, requires_grad=True)  # so that there is always a way
     with torch.no_grad():
         plain = model.target_logits(batch)[0] if metric.reference else None
+    keeps = {site: Keep() for site in sites}
     with frozen(model), torch.enable_grad(), ruled(model.anatomy, rules) as force:
-        edits = force.around(joined(under or {}, parts.edits(leaf, fallback, batch)))
-        logits = model.target_logits(batch, edits)
+        mine = joined(joined(under or {}, {Site("embed"): Add(root)}), parts.edits(leaf, fallback, batch))
+        logits = model.target_logits(batch, joined(force.around(mine), keeps))
         value = metric(logits, batch, plain)[0]
         if not value.requires_grad:
             raise MetricError(f"{metric.name} has no gradient: use logit_diff, or exact")
-        slope, asked = torch.autograd.grad(value.sum(), [leaf, logits])
-    _check_asked(metric, asked)
-    if found := force.fired():
-        note("rules", found)
-    return value.detach(), slope[0, :, 0]
+        kept = [keeps[site].value for site in sites]
+        wanted = [logits, leaf, *kept]
+        asked, slope, *found = torch.autograd.grad(value.sum(), wanted, allow_unused=True, materialize_grads=True)
+    _check_asked(metric, asked)  # behind a dropped layer nothing flows back: slopes there are zero
+    if put_in := force.fired():
+        note("rules", put_in)
+    return value.detach(), slope[0, :, 0], dict(zip(sites, found, strict=True))
+
+
+@dataclass(eq=False)
+class Keep:
+    """An edit that changes nothing and keeps what it sees."""
+
+    value: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
+        self.value = value
+        return value
 
 
 def _check_asked(metric: Metric, slope: Tensor) -> None:

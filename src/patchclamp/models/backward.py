@@ -281,7 +281,9 @@ def _edits(anatomy: Anatomy, rules: Rules, found: Mapping[str, set[str]]) -> tup
             first[Site("pattern", number)] = Hold(partial(_put_in, found, "patterns", place))
             places.append(("patterns", place))
         elif rules.temperature != 1:
-            linked = Linked(partial(_put_in, found, "softmax", place), rules.temperature, hasattr(layer.attention, "sinks"))
+            linked = Linked(
+                partial(_put_in, found, "softmax", place), rules.temperature, getattr(layer.attention, "sinks", None) is not None
+            )
             last[Site("scores", number)], first[Site("pattern", number)] = Cut(linked), Temper(linked)
             places.append(("softmax", place))
         for name, slot, factor in (("queries", "q", rules.queries), ("keys", "k", rules.keys), ("values", "v", rules.values)):
