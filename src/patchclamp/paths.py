@@ -20,9 +20,12 @@ from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.models.recording import Recorder
 from patchclamp.models.scope import OPEN
+from patchclamp.models.standing import Start
+from patchclamp.models.tree import Pattern
 from patchclamp.parts import Edges, Fallback, Gated, gated
+from patchclamp.parts.edge_gates import level_of
 from patchclamp.parts.edge_reading import Changed, Desk, Streams, User, reading, reads_at
-from patchclamp.parts.edge_runs import at_once, measured
+from patchclamp.parts.edge_runs import at_once, ground_of, measured, replays_pay
 from patchclamp.parts.edge_sources import Sources, place_of
 from patchclamp.parts.edges import comes_before, destinations_of, sources_of
 from patchclamp.scores import Scores
@@ -139,9 +142,10 @@ def _effects(
 ) -> Float[Tensor, "route example"]:
     """The metric of the model itself less that of the second run, by route; a few senders after others."""
     with torch.no_grad():
-        itself = model.target_logits(batch)
-        own = metric(itself, batch, itself[0] if metric.reference else None)[0]
-        out = own.new_zeros(len(routes), len(own))
+        patterns = [_pattern(number, route, model.layers) for number, route in enumerate(routes, 1)]
+        ground = ground_of(model, batch, metric, (), memory, replays_pay(patterns))
+        assert ground.itself is not None
+        out = ground.itself.new_zeros(len(routes), len(ground.itself))
         senders = sorted({route.sender for route in routes})
         most = at_once(model, batch, memory // 2)
         for start in range(0, len(senders), most):
@@ -150,25 +154,34 @@ def _effects(
             mine = [number for number, route in enumerate(routes) if route.sender in some]
             chosen = [routes[number] for number in mine]
 
-            def edits_of(settings: Sequence[int], some: Sequence[Site] = some, chosen: Sequence[_Route] = chosen,
+            def edits_of(settings: Sequence[int], start: Start, some: Sequence[Site] = some, chosen: Sequence[_Route] = chosen,
                          streams: Mapping[Site, Tensor] = streams) -> Edits:  # fmt: skip
-                return _second(model, batch, [chosen[number] for number in settings], some, streams, memory)
+                return _second(model, batch, [chosen[number] for number in settings], start, some, streams, memory)
 
-            out[mine] = own - measured(model, batch, metric, [True] * len(chosen), edits_of, most)
+            out[mine] = ground.itself - measured(ground, [patterns[number] for number in mine], edits_of, most)
     return out
 
 
+def _pattern(number: int, route: _Route, layers: int) -> Pattern:
+    """What a route does at each stage (`models.tree`): some of its receivers read there, or none."""
+    stages = {2 * layers if one.kind == "logits" else 2 * (one.layer or 0) + 1 for one in route.receivers}
+    return tuple(number if stage in stages else 0 for stage in range(2 * layers + 1))
+
+
 def _second(
-    model: Model, batch: Batch, routes: Sequence[_Route], senders: Sequence[Site], streams: Mapping[Site, Tensor], memory: int
-) -> Edits:
+    model: Model, batch: Batch, routes: Sequence[_Route], start: Start, senders: Sequence[Site], streams: Mapping[Site, Tensor],
+    memory: int,
+) -> Edits:  # fmt: skip
     """The edits of the second run: receivers read the streams of the first."""
     at: dict[Site, dict[tuple[int, Site], int]] = {}
     users: dict[Site, list[User]] = {}
     for setting, route in enumerate(routes):
         for receiver in route.receivers:
             place = reads_at(model.anatomy, receiver)
+            # a route has a run to itself wherever one of its receivers reads
+            run = setting if start.tree is None else start.tree.levels[level_of(place)].settings.index(setting)
             read = at.setdefault(place, {}).setdefault((setting, route.sender), len(at[place]))
-            users.setdefault(place, []).append(User(receiver, setting, read))
+            users.setdefault(place, []).append(User(receiver, run, read))
     changed: dict[Site, Changed] = {
         place: _Given(streams[place][[senders.index(sender) for _, sender in reads]], users[place]) for place, reads in at.items()
     }
@@ -183,7 +196,7 @@ class _Given:
     users: Sequence[User]
     reads: tuple[Site, ...] = ()
 
-    def streams(self, own: Float[Tensor, "setting row position width"], seen: Seen) -> Streams:
+    def streams(self, own: Float[Tensor, "run row position width"], seen: Seen) -> Streams:
         return self.known
 
 

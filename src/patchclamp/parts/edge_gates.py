@@ -1,15 +1,17 @@
 """From gates on edges to what destinations read: stream + sum over sources of (1 - gate) * (fallback - value)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.models.editing import Seen
+from patchclamp.models.standing import Start
+from patchclamp.models.tree import Pattern
 from patchclamp.parts.edge_reading import Changed, Streams, User, reads_at
-from patchclamp.parts.edge_sources import Sources, place_of
+from patchclamp.parts.edge_sources import Difference, Sources, place_of
 from patchclamp.parts.fallbacks import Values
 from patchclamp.sites import Edge, Site
 
@@ -57,75 +59,147 @@ def readers_of(labels: Sequence[Edge], sources: Sources) -> tuple[Readers, ...]:
 
 
 @dataclass(frozen=True, eq=False)
+class Known:
+    """What sources write in the model's own run, and how far that is from their fallbacks.
+
+    Args:
+        sources: which.
+        kept: what is seen of them there; empty where no run starts behind the first block.
+        fallback: by place of the sources.
+        differences: fallback - value by place, all heads of a layer, where memory holds those of every place.
+    """
+
+    sources: Sources
+    kept: Values
+    fallback: Values
+    differences: dict[Site, Tensor] = field(default_factory=dict[Site, Tensor])
+
+    def difference(self, place: Site, units: Sequence[int]) -> Difference:
+        """fallback - value of some units of a place."""
+        if place not in self.differences:
+            value = self.sources.value(place, self.kept)
+            heads = value.shape[2] if place.kind in ("z", "write") else 1
+            width, every = self.sources.model.width, sum(one.heads + 2 for one in self.sources.model.anatomy.sizes)
+            if 4 * every * value.shape[0] * value.shape[1] * width > self.sources.memory:
+                return self.sources.difference(place, units, self.fallback[place], value)
+            self.differences[place] = self.sources.difference(place, list(range(heads)), self.fallback[place], value)
+        found = self.differences[place]
+        return found if list(units) == list(range(len(found))) else found[list(units)]
+
+
+@dataclass(frozen=True, eq=False)
 class Closed:
     """Gates on the edges into one place, as `Changed`: who reads which stream, and how the streams are made.
 
     Args:
         readers: the destinations.
-        sources: what sources write.
-        fallback: by place of the sources.
+        known: the model's own run and the fallback.
         shares: [read, row, position, source], 1 - gate.
-        settings: by read, the setting.
+        runs: by read, which of the runs at the place.
         users: who reads.
+        start: where runs start.
     """
 
     readers: Readers
-    sources: Sources
-    fallback: Values
+    known: Known
     shares: Float[Tensor, "read #row #position source"]
-    settings: tuple[int, ...]
+    runs: tuple[int, ...]
     users: Sequence[User]
+    start: Start
 
     @property
     def reads(self) -> tuple[Site, ...]:
-        return tuple(site for place in self.readers.by_place(self.sources) for site in self.sources.seen(place))
+        sources = self.known.sources
+        return tuple(site for place in self.readers.by_place(sources) for site in sources.seen(place))
 
-    def streams(self, own: Float[Tensor, "setting row position width"], seen: Seen) -> Streams:
+    def streams(self, own: Float[Tensor, "run row position width"], seen: Seen) -> Streams:
         """own + sum over sources of (1 - gate) * (fallback - value), value being what the source writes in this very run."""
-        total = own[torch.tensor(self.settings, device=own.device)]
-        shares = self.shares.to(own)
-        for place, (numbers, units) in self.readers.by_place(self.sources).items():
+        total = own[torch.tensor(self.runs, device=own.device)]
+        shares, sources, learns = self.shares.to(own), self.known.sources, self.shares.requires_grad
+        for place, (numbers, units) in self.readers.by_place(sources).items():
             here = shares[..., numbers]
-            used = (here != 0).flatten(1, 2)
-            reads = used.flatten(1).any(1).nonzero()[:, 0].tolist() if not shares.requires_grad else list(range(len(here)))
+            used = torch.ones_like(here, dtype=torch.bool).flatten(1, 2).any(1) if learns else (here != 0).flatten(1, 2).any(1)
+            reads = used.any(1).nonzero()[:, 0].tolist()
             if not reads:
                 continue
-            needed = list(range(len(units))) if shares.requires_grad else used.flatten(0, 1).any(0).nonzero()[:, 0].tolist()
-            run = {site: seen.values[site] for site in self.sources.seen(place)}
-            origins = [self.settings[read] for read in reads]
-            apart = self.sources.mixed(
-                place, [units[at] for at in needed], here[reads][..., needed], self.fallback[place], run, origins, own.shape[1]
-            )
-            total = total.index_add(0, torch.tensor(reads, device=own.device), apart.to(own))
+            origins = {read: self._origin(self.runs[read], place) for read in reads}
+            for some in ([read for read in reads if origins[read] < 0], [read for read in reads if origins[read] >= 0]):
+                if not some:
+                    continue
+                needed = used[some].any(0).nonzero()[:, 0].tolist()
+                wanted, given = [units[at] for at in needed], here[some][..., needed]
+                if origins[some[0]] < 0:
+                    apart = torch.einsum("nrpu,urpw->nrpw", given, self.known.difference(place, wanted).to(given))
+                else:
+                    run = {site: seen.values[site] for site in sources.seen(place)}
+                    come = [origins[read] for read in some]
+                    apart = sources.mixed(place, wanted, given, self.known.fallback[place], run, come, own.shape[1])
+                total = total.index_add(0, torch.tensor(some, device=own.device), apart.to(own).expand(-1, *own.shape[1:]))
         return total
+
+    def _origin(self, run: int, place: Site) -> int:
+        """Which of the runs at a source's place a run here goes on from; -1: the model's own."""
+        if self.start.tree is None:
+            return run
+        for level in range(level_of(self.readers.place), level_of(place), -1):
+            if run >= 0:
+                run = self.start.tree.levels[level].parents[run]
+        return run
+
+
+def level_of(place: Site) -> int:
+    """The level of a tree of runs (`models.tree`) whose runs are at a place."""
+    if place.layer is None:
+        return 0
+    return place.layer + (place.kind == "resid.post")
 
 
 def closed(
-    readers: Sequence[Readers],
-    sources: Sources,
-    gates: Float[Tensor, "setting #row #position part"],
-    fallback: Values,
+    readers: Sequence[Readers], known: Known, gates: Float[Tensor, "setting #row #position part"], start: Start
 ) -> Mapping[Site, Changed]:
     """What destinations read under gates, by the place of the stream; places whose gates are all 1 are left out.
 
     Destinations of a setting whose gates are the same read one stream together (unless the gates want gradients).
     """
     made: dict[Site, Changed] = {}
+    shut = torch.ones_like(gates[:, 0, 0], dtype=torch.bool) if gates.requires_grad else (gates != 1).flatten(1, 2).any(1)
     for one in readers:
-        shares, settings, users = list[Tensor](), list[int](), list[User]()
-        known: dict[tuple[int, bytes], int] = {}
+        here = list(range(len(gates))) if start.tree is None else list(start.tree.levels[level_of(one.place)].settings)
+        shares, runs, users = list[Tensor](), list[int](), list[User]()
+        closing = shut[here].cpu()
+        if not bool(closing[:, [number for edges, _ in one.edges for number in edges]].any()):
+            continue
+        known_reads: dict[tuple[int, bytes], int] = {}
         for destination, (edges, numbers) in zip(one.destinations, one.edges, strict=True):
-            part = 1 - gates[..., list(edges)]
-            wanted = range(len(gates)) if gates.requires_grad else (part != 0).flatten(1).any(1).nonzero()[:, 0].tolist()
-            for setting in wanted:
-                empty = part.new_zeros(*part.shape[1:3], len(one.sources))
-                share = empty.index_copy(-1, torch.tensor(numbers, device=part.device), part[setting])
-                key = (setting, str(destination).encode() if gates.requires_grad else share.float().cpu().numpy().tobytes())
-                if key not in known:
-                    known[key] = len(shares)
+            wanted = closing[:, list(edges)].any(1).nonzero()[:, 0].tolist()
+            for run in wanted:
+                part = 1 - gates[here[run]][..., list(edges)]
+                empty = part.new_zeros(*part.shape[:2], len(one.sources))
+                share = empty.index_copy(-1, torch.tensor(numbers, device=part.device), part)
+                key = (run, str(destination).encode() if gates.requires_grad else share.float().cpu().numpy().tobytes())
+                if key not in known_reads:
+                    known_reads[key] = len(shares)
                     shares.append(share)
-                    settings.append(setting)
-                users.append(User(destination, setting, known[key]))
-        if users:
-            made[one.place] = Closed(one, sources, fallback, torch.stack(shares), tuple(settings), users)
+                    runs.append(run)
+                users.append(User(destination, run, known_reads[key]))
+        made[one.place] = Closed(one, known, torch.stack(shares), tuple(runs), users, start)
     return made
+
+
+def patterns_of(
+    readers: Sequence[Readers], gates: Float[Tensor, "setting #example #position part"], layers: int
+) -> list[Pattern]:
+    """By setting, what it does at each stage (`models.tree`): the gates on the edges into a block's readers, as a number."""
+    stages: dict[int, list[int]] = {}
+    for one in readers:
+        for destination, (edges, _) in zip(one.destinations, one.edges, strict=True):
+            stage = 2 * layers if destination.kind == "logits" else 2 * (destination.layer or 0) + 1
+            stages.setdefault(stage, []).extend(edges)
+    shut, names = (gates != 1).flatten(1, 2).any(1).cpu(), dict[tuple[int, bytes], int]()
+    patterns = [[0] * (2 * layers + 1) for _ in range(len(gates))]
+    for stage, members in stages.items():
+        some = shut[:, members].any(1).nonzero()[:, 0].tolist()
+        held = gates[some][..., members].cpu().contiguous().numpy()
+        for setting, values in zip(some, held, strict=True):
+            patterns[setting][stage] = names.setdefault((stage, values.tobytes()), len(names) + 1)
+    return [tuple(pattern) for pattern in patterns]

@@ -190,10 +190,8 @@ def _slot(
     into = [outputs[id(module)] for module in maps]
     by_head: list[tuple[int, list[int]]] = []
     for head in range(value.shape[2]):
-        slopes: tuple[Tensor | None, ...] = torch.autograd.grad(
-            (value * draw)[:, :, head].sum(), into, retain_graph=True, allow_unused=True
-        )
-        given = {at: one for at, one in enumerate(slopes) if one is not None}
+        slopes: Any = torch.autograd.grad((value * draw)[:, :, head].sum(), into, retain_graph=True, allow_unused=True)
+        given = {at: one for at, one in enumerate(slopes) if one is not None}  # None: of a map that this head does not use
         used = [(at, (one != 0).flatten(0, -2).any(0).nonzero()[:, 0].tolist()) for at, one in given.items()]
         used = [(at, columns) for at, columns in used if columns]
         if len(used) != 1:

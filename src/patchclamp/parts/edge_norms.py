@@ -85,10 +85,9 @@ def slot_slopes(
     W_h^T slope_h, through the norm backwards: (u - unit * mean(u * unit)) / s, where mean(u * unit) is taken before W^T, in the
     head's own width.
     """
-    columns = slot.columns[list(heads)]
-    weight = weight_of(slot.module)
+    columns, weight = slot.columns[list(heads)], weight_of(slot.module)
     assert weight is not None
-    given, chosen = slope[..., columns], weight[columns]  # [row, position, head, inner], [head, inner, width]
+    given, chosen = _taken(slope, columns, 2), _taken(weight, columns, 0)  # [row, position, head, inner], [head, inner, width]
     kind = torch.promote_types(slope.dtype, torch.float32)
     given, shape = given.to(kind), given.shape[:2]
     if norm is None:
@@ -98,6 +97,14 @@ def slot_slopes(
     unit = torch.einsum("rpw,hew->rphe", norm.unit, matrix)
     along = (given * unit).sum(-1) / norm.unit.shape[-1]
     return out.addcmul_(norm.unit[None], along.permute(2, 0, 1)[..., None], value=-1)
+
+
+def _taken(value: Tensor, columns: Int[Tensor, "head inner"], axis: int) -> Tensor:
+    """The columns on an axis, as two axes; a view where they stand side by side."""
+    first, count = int(columns[0, 0]), columns.numel()
+    if int(columns[-1, -1]) == first + count - 1 and bool((columns.flatten().diff() == 1).all()):
+        return value.narrow(axis, first, count).unflatten(axis, columns.shape)
+    return value.index_select(axis, columns.flatten()).unflatten(axis, columns.shape)
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "outer width"] | None:

@@ -127,16 +127,16 @@ def _repeated(given: Any, rows: int, copies: int, reads: int) -> Any:
 
 @dataclass(frozen=True)
 class User:
-    """A destination that reads, in one setting, one of a place's streams."""
+    """A destination that reads, in one of the runs at its place, one of the place's streams."""
 
     destination: Site
-    setting: int
+    run: int
     read: int
 
 
 @runtime_checkable
 class Changed(Protocol):
-    """What destinations of some settings read in place of the run's own residual stream, at one place."""
+    """What destinations of some runs read in place of the run's own residual stream, at one place."""
 
     @property
     def users(self) -> Sequence[User]:
@@ -148,8 +148,8 @@ class Changed(Protocol):
         """Earlier places whose values the streams are made of."""
         ...
 
-    def streams(self, own: Float[Tensor, "setting row position width"], seen: Seen) -> Streams:
-        """The streams, given the run's own at the place (of the settings that run there)."""
+    def streams(self, own: Float[Tensor, "run row position width"], seen: Seen) -> Streams:
+        """The streams, given the own ones of the runs at the place."""
         ...
 
 
@@ -254,7 +254,7 @@ class _Put:
         for user in self.users:
             index = user.destination.index
             unit: tuple[Any, ...] = () if index is None else (slice(None), slice(None), index)
-            out[(user.setting, *unit)] = found[(user.read, *unit)].to(out.dtype)
+            out[(user.run, *unit)] = found[(user.read, *unit)].to(out.dtype)
         return out.flatten(0, 1)
 
 
@@ -274,5 +274,5 @@ class _Behind:
         own = value.unflatten(0, (-1, self.desk.rows))
         streams, out = self.changed.streams(own, seen), own.clone()
         for user in self.users:
-            out[user.setting] = streams[user.read].to(out.dtype)
+            out[user.run] = streams[user.read].to(out.dtype)
         return out.flatten(0, 1)

@@ -91,7 +91,8 @@ def _at_once(model: Model, batch: Batch, memory: int) -> int:
         for size in anatomy.sizes
     )
     most = min(memory, PASS) if model.device.type == "cpu" else memory
-    return max(1, most * len(batch) // (4 * per_token * length * rows))
+    once = max(1, most * len(batch) // (4 * per_token * length * rows))
+    return -(-len(batch) // -(-len(batch) // once))  # as many in every pass
 
 
 @dataclass(frozen=True, eq=False)

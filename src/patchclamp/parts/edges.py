@@ -11,6 +11,7 @@ others: what is behind a destination is always computed anew (Goldowsky-Dill et 
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -23,9 +24,10 @@ from patchclamp.models.editing import Edits
 from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.models.scope import OPEN
-from patchclamp.parts.edge_gates import Readers, closed, readers_of
+from patchclamp.models.standing import Start
+from patchclamp.parts.edge_gates import Known, Readers, closed, patterns_of, readers_of
 from patchclamp.parts.edge_reading import Desk, reading, reads_at
-from patchclamp.parts.edge_runs import at_once, measured
+from patchclamp.parts.edge_runs import Ground, at_once, first_block, ground_of, measured, replays_pay
 from patchclamp.parts.edge_slopes import Asked, open_slopes
 from patchclamp.parts.edge_sources import Sources, place_of
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
@@ -93,12 +95,40 @@ def comes_before(model: Model, source: Site, target: Site) -> bool:
     return place_of(model.anatomy, source).key[:2] < reads_at(model.anatomy, target).key[:2]
 
 
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """Many settings of one batch's edges, on one run of the model itself; make with `Edges.replay`."""
+
+    parts: "Edges"
+    ground: Ground
+    known: Known
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that have run so far, each for one setting on the whole batch; the model's own run, too."""
+        return self.ground.count.blocks
+
+    def measure(self, gates: Float[Tensor, "setting #example #position part"]) -> Float[Tensor, "setting example"]:
+        """As `Edges.measure`."""
+        parts, ground = self.parts, self.ground
+        parts.require_fit(gates, ground.batch)
+        with torch.no_grad():
+            patterns = patterns_of(parts.readers, gates, parts.model.layers)
+
+            def edits_of(some: Sequence[int], start: Start) -> Edits:
+                return parts.compiled(gates[list(some)], ground.batch, self.known, start)
+
+            return measured(ground, patterns, edits_of, at_once(parts.model, ground.batch, parts.memory // 2))
+
+
 class Edges:
     """`Parts` on edges; make with `edges`. Every edge is counted, those from the embedding too: all closed is the corrupt run."""
 
     def __init__(self, model: Model, labels: Sequence[Edge], memory: int | None = None):
         self.model = model
         self.memory = budget(model.device) if memory is None else memory
+        self.replays = True
+        """Whether settings start where they first differ from the model itself."""
         self.added: Float[Tensor, "row position width"] | None = None
         """What is added to the embeddings in every run that `record` and `slopes` make."""
         self.labels: tuple[Edge, ...] = tuple(labels)
@@ -118,7 +148,8 @@ class Edges:
         return Sources(self.model, tuple(sorted(places)), self.memory // 4)
 
     @cached_property
-    def _readers(self) -> tuple[Readers, ...]:
+    def readers(self) -> tuple[Readers, ...]:
+        """What the edges lead to, by the place of the stream."""
         return readers_of(self.labels, self._sources)
 
     def on(self, model: Model) -> "Edges":
@@ -156,7 +187,8 @@ class Edges:
             raise GateError(f"{edge} is not among the {len(self.labels)} edges ({self.labels[0]}, ... {self.labels[-1]})")
         return self.index[edge]
 
-    def _check(self, gates: Tensor, batch: Batch) -> None:
+    def require_fit(self, gates: Tensor, batch: Batch) -> None:
+        """Raise `GateError` where gates do not fit the edges, or the batch."""
         if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
             raise GateError(
                 f"gates are [setting, example, position, part] with {len(self.labels)} edges, not {tuple(gates.shape)}"
@@ -199,15 +231,21 @@ class Edges:
         """
         if batch is None:
             raise GateError("gates on edges need the batch that runs, and generated tokens are in none: use nodes to generate")
-        self._check(gates, batch)
+        self.require_fit(gates, batch)
         return self._edits(gates, fallback, batch)
 
-    def _edits(self, gates: Tensor, fallback: Fallback, batch: Batch) -> Edits:
+    def compiled(
+        self, gates: Float[Tensor, "setting #example #position part"], batch: Batch, known: Known, start: Start
+    ) -> Edits:
+        """`edits` for runs from a start, whose settings are in its order."""
         if not gates.requires_grad and bool((gates == 1).all()):
             return {}
         rows = expand_to_rows(gates, batch) if gates.shape[1] > 1 else gates
         desk = Desk(self.model.anatomy, len(batch.tokens), self.memory // 2)
-        return reading(desk, closed(self._readers, self._sources, rows, fallback.at(batch)))
+        return reading(desk, closed(self.readers, known, rows, start))
+
+    def _edits(self, gates: Tensor, fallback: Fallback, batch: Batch) -> Edits:
+        return self.compiled(gates, batch, Known(self._sources, {}, fallback.at(batch)), Start())
 
     def _plainly(self) -> None:
         if self.added is not None:
@@ -226,23 +264,50 @@ class Edges:
     ) -> Float[Tensor, "setting example"]:
         """The metric for each setting and example, without gradient.
 
-        Cost: per setting, one forward pass, and for each destination with closed edges (those whose gates are the same count
-        once) its layer's norm and projections, or its MLP, once more; one pass for the model itself; what the fallback costs.
+        Settings start at the block of their first closed edge's destination, and what they share runs once (`edge_runs`).
+
+        Cost: per setting, one forward pass from there on, and for each destination with closed edges (those whose gates are the
+        same count once) its layer's norm and projections, or its MLP, once more; one pass for the model itself; what the
+        fallback costs.
 
         Raises:
             GateError: shapes that do not fit, or other edits are on.
         """
         batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
-        self._check(gates, batch)
+        self.require_fit(gates, batch)
+        return self.replay(batch, fallback, metric, gates).measure(gates)
+
+    def replay(
+        self,
+        batch: Batch,
+        fallback: Fallback,
+        metric: Metric | None = None,
+        first: Float[Tensor, "setting _ _ part"] | None = None,
+    ) -> "Replay":
+        """The model's own run of a batch, kept for many calls of `measure` on it: ACDC, greedy steps.
+
+        Args:
+            batch: the prompts.
+            fallback: what closed gates pass.
+            metric: by default the batch's.
+            first: gates that will be measured, where these are all: the run is kept where that pays for them.
+
+        Weights must not change while it is used. Cost: one forward pass, and the fallback's.
+        """
+        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
         self._alone()
         self._plainly()
-        differs = (gates != 1).flatten(1).any(1).tolist()
+        patterns = None if first is None else patterns_of(self.readers, first, self.model.layers)
+        pays = self.replays and (patterns is None or replays_pay(patterns))
+        own = patterns is None or any(first_block(pattern) is None for pattern in patterns)
+        ground = ground_of(self.model, batch, metric, self._sources.sites, self.memory, pays, own)
+        return Replay(self, ground, Known(self._sources, ground.kept, fallback.at(batch)))
 
-        def edits_of(some: Sequence[int]) -> Edits:
-            return self._edits(gates[list(some)], fallback, batch)
-
-        with torch.no_grad():
-            return measured(self.model, batch, metric, differs, edits_of, at_once(self.model, batch, self.memory // 2))
+    def whole(self) -> "Edges":
+        """The same edges, whose settings all run from the first block on: what replay is compared with."""
+        other = copy(self)
+        other.replays = False
+        return other
 
     def gradient(
         self,
@@ -264,7 +329,7 @@ class Edges:
             values [setting, example] and slopes [setting, example, part]; where gates differ by position, slopes have that axis.
         """
         batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
-        self._check(gates, batch)
+        self.require_fit(gates, batch)
         self._alone()
         self._plainly()
         plain = [bool((one == 1).all()) for one in gates]
@@ -289,7 +354,7 @@ class Edges:
         return torch.stack(values), torch.stack(slopes)
 
     def _asked(self) -> Asked:
-        return Asked(self._sources, self._readers, len(self.labels), self.memory, self.added)
+        return Asked(self._sources, self.readers, len(self.labels), self.memory, self.added)
 
     def slopes(
         self, batch: Batch, first: Values | None, second: Values, metric: Metric | None = None
