@@ -1,8 +1,12 @@
 """Cases that the conformance suites walk: tiny seeded models of every family."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from patchclamp.models.model import Model
 
 import patchclamp.models.normless  # noqa: F401 (imported, it is known to AutoConfig and AutoModelForCausalLM)
 
@@ -69,3 +73,37 @@ def tiny(name: str, attention: str = "eager", seed: int = 0, dtype: torch.dtype 
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.to(dtype).eval()
+
+
+_LOADED: dict[tuple[str, str, torch.dtype], "Model"] = {}
+
+
+def model_of(name: str, attention: str = "eager", dtype: torch.dtype = torch.float32) -> "Model":
+    """The family's tiny model, loaded once for all tests of a process: none may change it, and `changed` sees to it.
+
+    What is proved of a model at its first use (that it can run from its middle) is proved once, too.
+    """
+    from patchclamp.models.model import Model
+
+    key = (name, attention, dtype)
+    if key not in _LOADED:
+        _LOADED[key] = Model.load(tiny(name, attention, dtype=dtype))
+    return _LOADED[key]
+
+
+def changed() -> Iterator[str]:
+    """Which of the shared models are not as they were made: weights, hooks, modes, whether gradients are asked for."""
+    for (name, attention, dtype), model in _LOADED.items():
+        fresh, own = tiny(name, attention, dtype=dtype), model.hf
+        if own.config.to_dict() != fresh.config.to_dict() or own.generation_config.to_dict() != fresh.generation_config.to_dict():
+            yield f"{name}: config"
+        for (path, weight), (_, made) in zip(own.state_dict().items(), fresh.state_dict().items(), strict=True):
+            if not torch.equal(weight, made):
+                yield f"{name}: {path}"
+        for (path, weight), made in zip(own.named_parameters(), fresh.parameters(), strict=True):
+            if weight.requires_grad != made.requires_grad or weight.grad is not None:
+                yield f"{name}: gradient of {path}"
+        for (path, module), made in zip(own.named_modules(), fresh.modules(), strict=True):
+            hooks = [(len(one._forward_hooks), len(one._forward_pre_hooks), "forward" in vars(one)) for one in (module, made)]
+            if hooks[0] != hooks[1] or module.training:
+                yield f"{name}: hooks or mode of {path or 'the model'}"

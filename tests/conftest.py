@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +33,34 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of shared models, PATCHCLAMP_SHARED (default ../shared), is missing")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_models_are_left_as_found() -> Iterator[None]:
+    """After the last test of this process."""
+    yield
+    import cases
+
+    if found := list(cases.changed()):
+        pytest.fail(f"tests changed models that they share: {', '.join(found[:10])}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def few_gates() -> Callable[[], AbstractContextManager[None]]:
+    """While open, learned gates of the default budget are fitted with 3 seeds on batches of 12 instead of 4 on 32.
+
+    With that budget wired roles are found in every seed (test_gating_roles.py), at a fifth of the multiplications.
+    """
+    from patchclamp.gating.objective import PRESETS, gating_settings
+
+    @contextmanager
+    def opened() -> Iterator[None]:
+        small = gating_settings("default", seeds=3, batch=12, null_batch=12, null_seeds=1, refits=6)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setitem(PRESETS, "default", small)
+            yield
+
+    return opened
 
 
 @pytest.fixture

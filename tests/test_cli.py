@@ -41,8 +41,9 @@ def saved(truth: Wired, tmp_path_factory: pytest.TempPathFactory) -> Path:
 QUICK = ("--no-nulls", "--random-circuits", "10")
 
 
-def test_a_map_from_the_shell(cli: Cli, saved: Path, tmp_path: Path, truth: Wired):
-    code, out, err = cli("map", saved, saved / "pairs.jsonl", "--out", tmp_path / "run", *QUICK)
+def test_a_map_from_the_shell(cli: Cli, saved: Path, tmp_path: Path, truth: Wired, few_gates):
+    with few_gates():
+        code, out, err = cli("map", saved, saved / "pairs.jsonl", "--out", tmp_path / "run", *QUICK)
     assert code == 0, err
     assert str(tmp_path / "run" / "report.html") in out and "Circuit" in out
     interfering = next(site for site, role in truth.truth.roles.items() if role == "interfering")
@@ -67,8 +68,9 @@ def test_a_part_of_the_map(cli: Cli, saved: Path, tmp_path: Path, command: str):
     assert (body["trust"] is not None) == (command == "trust")
 
 
-def test_gate(cli: Cli, saved: Path, tmp_path: Path):
-    code, out, err = cli("gate", saved, saved / "pairs.jsonl", "--out", tmp_path / "run", "--n", 64, "--no-nulls", "--json")
+def test_gate(cli: Cli, saved: Path, tmp_path: Path, few_gates):
+    with few_gates():
+        code, out, err = cli("gate", saved, saved / "pairs.jsonl", "--out", tmp_path / "run", "--n", 64, "--no-nulls", "--json")
     assert code == 0, err
     rows = json.loads(out)["scores"]
     assert all({"gate", "gate_plus", "gate_minus", "role"} <= set(row) for row in rows)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from patchclamp.errors import BaselineError, MetricError, PatchclampError, StoreError, TaskError
+from patchclamp.gating import Stage, gating_settings
 from patchclamp.models.model import Model
 from patchclamp.parts import nodes
 from patchclamp.store import load_record
@@ -33,9 +34,9 @@ def model(truth: Wired) -> Model:
 
 
 @pytest.fixture(scope="module")
-def study(truth: Wired, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(truth: Wired, model: Model, tmp_path_factory: pytest.TempPathFactory, few_gates) -> Study:
     folder = tmp_path_factory.mktemp("runs") / "induction"
-    with open_run(folder, model, truth.task, PLAN) as run:
+    with few_gates(), open_run(folder, model, truth.task, PLAN) as run:
         return map(model, truth.task, PLAN, run)
 
 
@@ -62,26 +63,39 @@ def test_the_record_is_what_was_found(study: Study):
     assert set(kept.agreement) >= {"gradient", "integrated", "random", "second fallback"}
 
 
-def test_a_killed_run_goes_on_with_the_same_numbers(truth: Wired, model: Model, study: Study, tmp_path: Path):
+def test_a_killed_run_goes_on_with_the_same_numbers(truth: Wired, model: Model, tmp_path: Path, monkeypatch):
+    """Killed twice, before gates are learned and behind them; the gates mean nothing after two updates, and must be the same."""
+
     class Killed(BaseException):
         """Not an Exception: what finished steps have written stays, as after Ctrl-C."""
 
-    seen: list[str] = []
+    two = gating_settings(
+        "default", seeds=2, batch=4, free=Stage(2, 1.0, 0.1), pressed=Stage(2, 1.0, 0.1), null_seeds=1, refits=2
+    )
+    monkeypatch.setattr(Plan, "gating", two)
+    plan, folder, seen = replace(PLAN, n=48, random_circuits=10), tmp_path / "run", list[str]()
 
-    def watch(name: str, event: str, seconds: float) -> None:
-        seen.append(f"{name} {event}")
-        if name == "second" and event == "begin" and len(seen) < 20:
-            raise Killed
+    def mapped(folder: Path, die_at: str = "") -> Study:
+        def watch(name: str, event: str, seconds: float) -> None:
+            seen.append(f"{name} {event}")
+            if f"{name} {event}" == die_at:
+                raise Killed
 
-    with pytest.raises(Killed), open_run(tmp_path / "run", model, truth.task, PLAN, watch=watch) as run:
-        map(model, truth.task, PLAN, run)
-    assert not (tmp_path / "run" / "study.json").exists()
-    seen.extend([""] * 20)
-    with open_run(tmp_path / "run", model, truth.task, PLAN, watch=watch) as run:
-        again = map(model, truth.task, PLAN, run)
-    assert "exact kept" in seen and "second done" in seen
-    assert again.scores.equals(study.scores)
-    assert again.record.trust == study.record.trust
+        seen.clear()
+        with open_run(folder, model, truth.task, plan, watch=watch) as run:
+            return map(model, truth.task, plan, run)
+
+    for step in ("second", "trust"):
+        with pytest.raises(Killed):
+            mapped(folder, f"{step} begin")
+        assert not (folder / "study.json").exists()
+    assert "second done" in seen and "roles done" in seen
+    again = mapped(folder)
+    assert {"exact kept", "second kept", "roles kept", "trust done"} <= set(seen)
+    whole = mapped(tmp_path / "whole")
+    assert "kept" not in " ".join(seen)
+    assert again.scores.equals(whole.scores) and {"gate", "role", "exact"} <= set(again.scores.columns)
+    assert again.record.trust == whole.record.trust
 
 
 def test_a_part_of_a_map_can_be_asked_for(truth: Wired, model: Model):
