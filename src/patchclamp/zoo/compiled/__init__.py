@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Compiled", "build", "program_names"]
 
-PAIRS = 64
+PAIRS = 32
 """Pairs on which live edges are looked for."""
 
 
