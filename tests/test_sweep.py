@@ -50,6 +50,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def short_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs made in this process get a page of one word, but where `whole_reports` is asked for: drawing takes longer than the rest."""
+    if "whole_reports" not in request.fixturenames:
+        monkeypatch.setattr("patchclamp.report.write_report", lambda folder: (Path(folder) / "report.html").write_text("drawn"))
+
+
+@pytest.fixture
+def whole_reports() -> None:
+    """Let reports be drawn."""
+
+
 @pytest.fixture
 def case(saved: Path) -> Callable[..., Case]:
     def made(seed: int = 0, steps: tuple[str, ...] = VERIFY, task: str = "pairs.jsonl", **plan: Any) -> Case:
@@ -186,6 +198,7 @@ def scores_of(folder: Path | None) -> pl.DataFrame:
     return load_record(folder).scores
 
 
+@pytest.mark.usefixtures("whole_reports")
 def test_a_sweep_is_its_maps(saved: Path, case: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loads: list[str] = []
     load = Model.load.__func__
