@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cases import CONFIGS, tiny
+from cases import CONFIGS, model_of
 from patchclamp.dependence.association import recorded
-from patchclamp.models.model import Model
 from patchclamp.parts import gated
 from test_parts import examples
 
@@ -15,7 +14,7 @@ from test_parts import examples
 def test_what_the_last_residual_stream_contributes_is_the_logit_difference(name: str):
     """In every family whose logits are not scaled or capped: write . d / s of all that there is, and what the norm's bias gives."""
     dtype = torch.float32 if name in ("gpt_oss", "mixtral", "qwen3_moe") else torch.float64  # experts do not run in float64
-    model = Model.load(tiny(name, dtype=dtype))
+    model = model_of(name, dtype=dtype)
     some, last = examples(3), f"L{model.layers - 1}.resid.post"
     found = recorded(gated(model, [last]), some, last=1)[last][:, 0]
     batch = some.batch()

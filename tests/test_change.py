@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cases import CONFIGS, tiny
+from cases import CONFIGS, model_of, tiny
 from patchclamp.change import fold, side_effects, text_effects, write_checkpoint
 from patchclamp.errors import FamilyError, GateError, PatchclampError
 from patchclamp.models.inputs import token_batch
@@ -16,7 +16,7 @@ from patchclamp.parts import Gated, gated, nodes
 from patchclamp.tasks import load_task
 from test_parts import examples
 
-MEANS = {"gpt2", "gpt_neox", "gpt_neox-sequential", "llama", "smollm3", "granite", "opt", "phi", "bloom", "gpt_neo"}
+MEANS = {"gpt2", "gpt_neox", "gpt_neox-sequential", "llama", "smollm3", "granite", "opt", "phi", "bloom", "gpt_neo", "normless"}
 """Families whose projections have biases, or can be given them."""
 
 
@@ -32,7 +32,7 @@ def drawn(parts: Gated, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_folded_weights_compute_what_the_gates_do(family: str):
     """Zero: heads, MLPs, attention as a whole. The comparison is of whole runs, with gates live in the model that was given."""
-    model, batch = Model.load(tiny(family)), examples(4, (7, 5)).batch()
+    model, batch = model_of(family), examples(4, (7, 5)).batch()
     parts = gated(model, ["L*.h*", "L*.mlp", "L*.attn.write"])
     gates, rule = drawn(parts), parts.fallback("zero")
     before = {name: value.clone() for name, value in model.hf.state_dict().items()}
@@ -46,7 +46,7 @@ def test_folded_weights_compute_what_the_gates_do(family: str):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_means_fold_where_there_is_a_bias_and_are_refused_by_name_elsewhere(family: str):
-    model, some = Model.load(tiny(family)), examples(4, (7, 5))
+    model, some = model_of(family), examples(4, (7, 5))
     parts = nodes(model)
     gates, rule = drawn(parts), parts.fallback("mean:all", fit=some)
     if family not in MEANS:

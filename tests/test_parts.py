@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import CONFIGS, tiny
+from cases import CONFIGS, model_of, tiny
 from patchclamp.edits import Put, Scale
 from patchclamp.errors import GateError, MetricError
 from patchclamp.metrics import METRICS, metric_named
@@ -49,12 +49,12 @@ def examples(n: int = 5, lengths: tuple[int, ...] = (7,), seed: int = 0, answers
 
 @pytest.fixture(scope="module")
 def gpt2() -> Nodes:
-    return nodes(Model.load(tiny("gpt2", dtype=torch.float64)))
+    return nodes(model_of("gpt2", dtype=torch.float64))
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def family(request: pytest.FixtureRequest) -> Nodes:
-    return nodes(Model.load(tiny(request.param)))
+    return nodes(model_of(request.param))
 
 
 def test_open_gates_are_the_model_bit_for_bit(family: Nodes):

@@ -1,12 +1,10 @@
 """Path patching: equal to hooks of the tests' own, to closed edges, and to closed nodes where all paths are meant."""
 
-from functools import cache
-
 import pytest
 import torch
 from torch import Tensor
 
-from cases import CONFIGS, tiny
+from cases import CONFIGS, model_of
 from patchclamp.errors import GateError, SiteError
 from patchclamp.methods import attribute
 from patchclamp.metrics import METRICS
@@ -17,11 +15,6 @@ from patchclamp.zoo import wired
 from test_parts import examples
 
 DIFF = METRICS["logit_diff"]
-
-
-@cache
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> Model:
-    return Model.load(tiny(name, dtype=dtype))
 
 
 def values(scores) -> dict[str, float]:
@@ -97,7 +90,7 @@ def stream_of(receiver: str) -> str:
 @pytest.mark.parametrize("between", BETWEEN)
 def test_two_runs_by_hooks_of_the_tests_own(between: str):
     """GPT-2 in float64: everything to 1e-10."""
-    model, some = model_of("gpt2", torch.float64), examples(3, lengths=(7, 5))
+    model, some = model_of("gpt2", dtype=torch.float64), examples(3, lengths=(7, 5))
     batch = some.batch()
     hooked = Hooked(model.hf, batch)
     receivers = ("L1.h2.q", "L1.kv0.k", "L1.kv3.v", "L1.mlp", "L0.mlp", "logits")

@@ -1,7 +1,6 @@
 """Conformance of replay: gates on any site of any family, from the middle of the model, equal whole runs one by one."""
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import CONFIGS, tiny
+from cases import CONFIGS, model_of, tiny
 from patchclamp.errors import SiteError
 from patchclamp.methods import attribute
 from patchclamp.metrics import METRICS
@@ -25,11 +24,6 @@ from test_parts import examples, plainly
 
 KIND = ["resid.pre", "resid.mid", "resid.post", "attn", "attn.write", "mlp.write", "head", "mlp", "z", "q", "k", "v", "scores",
         "pattern", "neuron"]  # fmt: skip
-
-
-@cache
-def model_of(name: str) -> Model:
-    return Model.load(tiny(name))
 
 
 def parts_at(model: Model, kind: str, positions: tuple[int | str, ...]) -> Gated | None:

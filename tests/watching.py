@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import CONFIGS, tiny
+from cases import CONFIGS, model_of
 from patchclamp.models.editing import Seen
 from patchclamp.models.model import Model
 from patchclamp.sites import KINDS, Site
@@ -15,12 +15,6 @@ FAMILY = pytest.mark.parametrize("name", CONFIGS)
 TOKENS = torch.tensor([[5, 11, 23, 42, 7, 31, 64, 80, 13], [61, 17, 3, 90, 28, 28, 45, 9, 71]])
 WHOLE = [kind for kind in KINDS if kind not in ("head", "write")]
 MOE = ("mixtral", "qwen3_moe", "gpt_oss")
-
-
-@cache
-def model_of(name: str, attention: str = "eager") -> Model:
-    """A tiny model of the family; tests leave it as it was, and `test_left_as_found` sees to it."""
-    return Model.load(tiny(name, attention))
 
 
 @cache
