@@ -14,6 +14,8 @@ from patchclamp.metrics import Metric
 from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks._batch import Batch
 
+SIGNED = False
+
 
 def passes(layers: int, parts: int) -> tuple[int, int]:
     """(forward, backward) passes over a batch."""
