@@ -13,7 +13,7 @@ from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
 from patchclamp.parts import Fallback, Parts, edges, nodes
 from patchclamp.sites import Edge
-from patchclamp.tasks import Examples
+from patchclamp.tasks import Examples, load_task
 from patchclamp.zoo import wired
 from test_parts import examples
 
@@ -89,8 +89,8 @@ def test_one_at_a_time_and_a_good_guess_throw_nothing_away():
 def test_the_wired_circuit_is_what_is_left_and_what_is_cut_off_is_not_run():
     model = wired("induction")
     parts = edges(Model.load(model.hf, tokenizer=model.tokenizer))
-    some = model.task.examples(model.tokenizer, 6, seed=1)
-    found = acdc(parts, some, parts.fallback("resample"), objective="logit_diff")
+    some = model.task.examples(model.tokenizer, 3, seed=1)
+    found = acdc(parts, some, parts.fallback("resample"), objective="logit_diff", orders=[("backward", 0), ("random", 1)])
     planted = {"embed>L0.kv1.v", "L0.h1>L1.kv2.k", "embed>L1.kv2.v", "embed>L1.h2.q", "L1.h2>logits"}
     # the word asked about is the same in both prompts of a pair: its query carries nothing that changes
     assert {str(edge) for edge in found.circuit} == planted - {"embed>L1.h2.q", "embed>L1.kv2.v"}
@@ -99,7 +99,9 @@ def test_the_wired_circuit_is_what_is_left_and_what_is_cut_off_is_not_run():
     cut = found.trace.filter(found.trace["how"] == "cut off")
     assert bool(cut["removed"].all()) and cut.height > 0.6 * found.trace.height
     assert found.loss[0] == pytest.approx(found.ends[0], abs=1e-5)
-    assert "Jaccard 1.00 between 3 orders" in str(found)
+    assert "Jaccard 1.00 between 2 orders" in str(found)
+    # one batch: what ran is counted block by block; each order visits 110 edges of 2 layers
+    assert found.naive == 2 * 110 * 2 and found.blocks is not None and found.blocks < 0.3 * found.naive
 
 
 def test_traversal_goes_backwards_and_holds_every_part_once():
@@ -143,3 +145,24 @@ def test_what_cannot_be_asked_is_refused():
             acdc(parts, still, fallback, objective=objective)
         with pytest.raises(MetricError, match=r"nothing to keep|no behaviour"):
             acdc(parts, still, fallback, 0.1, objective=objective)
+
+
+@pytest.mark.long
+def test_the_shipped_model_for_a_fifth_of_the_blocks_of_one_run_per_edge():
+    """All 1519 edges in two orders. Blocks that ran are counted, those of runs that were thrown away among them."""
+    model = Model.load("zoo/small")
+    parts = edges(model)
+    split = load_task("gendered_pronoun").split(model.tokenizer, 16, seed=0)
+    fallback = parts.fallback("resample")
+    found = acdc(parts, split.select, fallback, orders=[("backward", 0), ("random", 0)])
+    assert found.naive == 2 * 1519 * 4
+    assert found.blocks is not None and found.blocks <= found.naive / 5
+    assert all(0 < len(circuit) < 1519 / 10 for circuit in found.orders)
+    removed = found.trace.filter(found.trace["removed"])["growth"].drop_nulls()
+    assert (removed < found.threshold).all() and found.loss[0] < 0.5 * found.ends[1]
+    # what is left keeps a good part of the behaviour on pairs that chose nothing, which as many random edges do not
+    gates = torch.cat(
+        [parts.open(), parts.closed(), parts.only(list(found.circuit)), parts.only(parts.labels[:: 1519 // len(found.circuit)])]
+    )
+    opened, closed, kept, random = parts.measure(split.confirm.batch(), gates, fallback).mean(1).tolist()
+    assert (kept - closed) / (opened - closed) > 0.3 > abs(random - closed) / (opened - closed)

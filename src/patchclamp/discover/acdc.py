@@ -21,13 +21,13 @@ import polars as pl
 import torch
 
 from patchclamp.circuit import Circuit
+from patchclamp.discover.loss import Loss
 from patchclamp.discover.order import Reach, reach_of, traversal
-from patchclamp.errors import MetricError, NumericsError, PatchclampError
+from patchclamp.errors import MetricError, PatchclampError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.parts import Fallback, Parts
 from patchclamp.scores import Part
 from patchclamp.tasks import Examples
-from patchclamp.tasks._batch import Batch
 
 FEWEST, MOST = 4, 64
 """Settings that run together."""
@@ -50,6 +50,8 @@ class Acdc:
         loss: of each order's circuit.
         settings: how many settings were run, in all orders, those thrown away among them.
         thrown: how many were thrown away.
+        blocks: of edges, blocks that ran, each for one setting on all examples; None of other parts.
+        naive: blocks that one whole run for every part of every order takes.
         closest: the smallest |growth - threshold| of a decision: below rounding, it could have gone the other way.
     """
 
@@ -62,6 +64,8 @@ class Acdc:
     loss: tuple[float, ...]
     settings: int
     thrown: int
+    blocks: float | None
+    naive: int
     closest: float
 
     @property
@@ -92,6 +96,7 @@ class Acdc:
         return (
             f"ACDC at {self.threshold:.3g} {self.unit} a part: {each} parts ({overlap}; {len(self.common)} in all, "
             f"{len(self.ever)} in any); {self.settings} settings run, {self.thrown} of them thrown away"
+            + ("" if self.blocks is None else f", {self.blocks:.0f} blocks where one run per part takes {self.naive}")
         )
 
 
@@ -137,7 +142,7 @@ def acdc(
     if (threshold is not None and not threshold > 0) or not share > 0:
         raise PatchclampError(f"a threshold of {threshold} and a share of {share} were asked for: choose numbers above 0")
     metric = objective if isinstance(objective, Metric) else metric_named(objective)
-    loss = Loss(parts, tuple(examples.batches(batch_size)), fallback, metric)
+    loss = Loss.of(parts, examples, fallback, metric, batch_size)
     opened, closed = loss(torch.cat([parts.open(), parts.closed()]))
     if threshold is None:
         if not closed - opened > 1e-9:
@@ -168,48 +173,11 @@ def acdc(
         stay = frozenset(set(turns) - walk.closed)  # what one order leaves is what the next is expected to leave
     trace = pl.concat(traces)
     margins = (trace["growth"].drop_nulls() - threshold).abs()
+    naive = len(trace) * parts.model.layers
     return Acdc(
-        circuits[0], tuple(circuits), trace, threshold, unit, (opened, closed), tuple(losses), settings, thrown,
+        circuits[0], tuple(circuits), trace, threshold, unit, (opened, closed), tuple(losses), settings, thrown, loss.blocks, naive,
         float(margins.min()) if len(margins) else float("inf"),  # type: ignore[arg-type]
     )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Loss:
-    """The mean over examples of -benefit: what is to stay small.
-
-    Args:
-        parts: whose gates.
-        batches: the examples; the same objects each time, so that what the fallback has of them is kept.
-        fallback: what a closed gate passes.
-        metric: whose benefit.
-    """
-
-    parts: Parts
-    batches: tuple[Batch, ...]
-    fallback: Fallback
-    metric: Metric
-
-    def __call__(self, gates: torch.Tensor) -> list[float]:
-        """One number per setting."""
-        pieces = [
-            self.metric.sign * self.parts.measure(one, gates, self.fallback, self.metric).double().cpu() for one in self.batches
-        ]
-        found = -torch.cat(pieces, 1).mean(1)
-        if not bool(torch.isfinite(found).all()):
-            raise NumericsError(
-                f"{self.metric.name} is not finite under the fallback {self.fallback.kind}: try float32, or another"
-            )
-        return found.tolist()
-
-    def without(self, closed: Sequence[Collection[int]]) -> list[float]:
-        """With some parts closed, by number."""
-        if not closed:  # all of the next parts are cut off
-            return []
-        gates = self.parts.open(len(closed))
-        for setting, numbers in enumerate(closed):
-            gates[setting, ..., list(numbers)] = 0
-        return self(gates)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import polars as pl
 import torch
 
 from patchclamp.circuit import Circuit
+from patchclamp.discover.loss import Loss
 from patchclamp.errors import MetricError, PatchclampError
 from patchclamp.metrics import metric_named
 from patchclamp.parts import Fallback, Parts
@@ -85,13 +86,9 @@ def greedy(
     index = {part: number for number, part in enumerate(parts.labels)}
     if unknown := [part for part in among or () if index.get(part) not in parts.counted]:
         raise PatchclampError(f"{unknown[0]} is not among the {len(parts.counted)} parts that a circuit can hold")
-    batches, chosen = tuple(examples.batches(batch_size)), metric_named(metric or examples.metric)
-
-    def benefit(gates: torch.Tensor) -> list[float]:
-        pieces = [chosen.sign * parts.measure(batch, gates, fallback, chosen).double().cpu() for batch in batches]
-        return torch.cat(pieces, 1).mean(1).tolist()
-
-    opened, closed = benefit(torch.cat([parts.open(), parts.closed()]))
+    chosen = metric_named(metric or examples.metric)
+    loss = Loss.of(parts, examples, fallback, chosen, batch_size)
+    opened, closed = (-one for one in loss(torch.cat([parts.open(), parts.closed()])))
     if abs(opened - closed) < 1e-9:
         raise MetricError(f"closing every part leaves {chosen.name} at {opened:.3g}: there is no behaviour to keep")
     left = list(parts.counted) if among is None else sorted({index[part] for part in among})
@@ -101,7 +98,7 @@ def greedy(
     for step in range(min(len(left), most if most is not None else len(left))):
         if way == "grow" and share >= faithfulness:
             break
-        values = _tried(now, left, float(way == "grow"), benefit)
+        values = _tried(now, left, float(way == "grow"), loss)
         settings += len(left)
         best = max(range(len(left)), key=lambda at: (values[at] - closed) / (opened - closed))
         new = (values[best] - closed) / (opened - closed)
@@ -127,11 +124,11 @@ def greedy(
     return Greedy(Circuit(members, about), order, table, settings)
 
 
-def _tried(now: torch.Tensor, left: Sequence[int], gate: float, benefit: Callable[[torch.Tensor], list[float]]) -> list[float]:
+def _tried(now: torch.Tensor, left: Sequence[int], gate: float, loss: Loss) -> list[float]:
     """The benefit with each candidate's gate turned."""
     found: list[float] = []
     for some in torch.tensor(left).split(max(1, GATES // now.shape[-1])):
         gates = now.repeat(len(some), 1, 1, 1)
         gates[torch.arange(len(some)), :, :, some] = gate
-        found += benefit(gates)
+        found += [-one for one in loss(gates)]
     return found
