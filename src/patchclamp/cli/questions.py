@@ -82,12 +82,14 @@ Keep = Annotated[
     list[int] | None, typer.Option("--keep", help="Learn the set of exactly so many parts that keeps most. May be repeated.")
 ]
 Price = Annotated[
-    list[float] | None, typer.Option("--price", help="Learn the set that is left where an open gate costs so many nats. May be repeated.")
+    list[float] | None,
+    typer.Option("--price", help="Learn the set that is left where an open gate costs so many nats. May be repeated."),
 ]
 Solutions = Annotated[bool, typer.Option("--solutions", help="Also the distinct sets that suffice, and what stands in for what.")]
 ShapleyOption = Annotated[bool, typer.Option("--shapley", help="Also Shapley values and interactions among these parts.")]
 ScreenPairs = Annotated[
-    bool, typer.Option("--screen-pairs", help="Also screen the pairs of all parts, by random masks, with a bound on what is missed.")
+    bool,
+    typer.Option("--screen-pairs", help="Also screen the pairs of all parts, by random masks, with a bound on what is missed."),
 ]
 PairsOf = Annotated[
     int | None, typer.Option(help="relate: parts, of largest effect, whose pairs are closed together. [default: 60]")
@@ -180,7 +182,7 @@ def _from_run(folder: Path, given: dict[str, Any], loading: dict[str, Any], aske
 
 def _summary(study: Any, report: Path) -> dict[str, Any]:
     record = study.record
-    many = record.localisation is not None and "exact" not in record.scores.columns
+    many = None if "exact" in record.scores.columns else record.localisation
     return {
         "headline": record.headline,
         "folder": str(study.folder),
@@ -193,7 +195,7 @@ def _summary(study: Any, report: Path) -> dict[str, Any]:
         "alternatives": None if record.alternatives is None else record.alternatives.table.to_dicts(),
         "claims": record.claims,
         "warnings": record.warnings,
-        "scores": (record.localisation.scores if many else record.scores).to_dicts(),
+        "scores": (record.scores if many is None else many.scores).to_dicts(),
         "verified": None if record.localisation is None else record.localisation.about.get("verified"),
     }
 
