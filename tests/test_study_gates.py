@@ -1,17 +1,25 @@
 """Dynamic and contrastive gates as steps of a study: what is planted comes out by name, is kept, shown, and runs live."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
-from patchclamp.errors import PatchclampError, StoreError
+from fake_record import fake_record
+from patchclamp.errors import BaselineError, PatchclampError, StoreError
+from patchclamp.gating import PRESETS, Stage, gating_settings
 from patchclamp.gating.dynamic import Controller, DynamicSettings
+from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
-from patchclamp.parts import nodes
+from patchclamp.parts import benefits, nodes
 from patchclamp.report import render
-from patchclamp.store import load_step
+from patchclamp.sites import Site
+from patchclamp.store import Run, load_record, load_step
 from patchclamp.study import Plan, Study, cost, gates, map, open_run
+from patchclamp.tasks import load_task
 from patchclamp.zoo import wired
 from patchclamp.zoo._wired import Wired
 
@@ -52,6 +60,13 @@ def test_generation_under_dynamic_gates_needs_a_run(cli):
     assert code == 2 and "name the run" in err
 
 
+def test_how_a_model_is_loaded_is_not_said_beside_a_run(cli, tmp_path: Path):
+    with Run.open(tmp_path / "run", {"name": "run"}, digest="run" * 8, task="ioi", model="m") as run:
+        run.save(fake_record())
+    code, _, err = cli("generate", "run", "Mary and John", "--dtype", "float32")
+    assert code == 2 and "--dtype was given beside a run folder" in err
+
+
 @pytest.mark.long
 def test_what_switches_is_said_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = DynamicSettings(prices=(0.1,), seeds=1, updates=36, batch=12, redraws=1)
@@ -89,3 +104,56 @@ def test_the_command_contrasts_two_tasks(cli, tmp_path: Path):
     assert code == 2 and "nonsense" in err
     code, _, err = cli("map", "zoo/small", "ioi", "--contrast", "agreement")
     assert code == 2 and "No such option" in err
+
+
+def test_the_command_learns_sets_and_tells_several_that_suffice(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = gating_settings("default", seeds=2, batch=8, free=Stage(6, 1.0, 0.2), pressed=Stage(8, 0.8, 0.2), refits=0)
+    monkeypatch.setitem(PRESETS, "default", small)
+    code, out, err = cli("gate", "zoo/small", "ioi", "--n", 32, "--keep", 2, "--solutions", "--no-nulls", "--out", "run")
+    assert code == 0, err
+    assert (
+        "Sets that alone keep so much" in out and "exactly k" in out and "mean of 20" in out and "distinct sets keep 85%" in out
+    )
+    record = load_record(tmp_path / "run")
+    assert record.sets is not None and record.alternatives is not None
+    (row,) = record.sets.table.filter(pl.col("method") == "exactly k").iter_rows(named=True)
+    assert row["size"] == len(row["kept"].split()) == 2
+    # what it keeps, by gates of this test's own
+    model = Model.load("zoo/small")
+    parts, split = nodes(model), load_task("ioi").split(model.tokenizer, 32, seed=0)
+    gates = torch.cat([parts.open(), parts.closed(), parts.only([Site.parse(site) for site in row["kept"].split()])])
+    whole, none, kept = benefits(parts, split.confirm, gates, parts.fallback("resample"), METRICS["logit_diff"]).double().mean(1)
+    assert row["share"] == pytest.approx(float((kept - none) / (whole - none)), abs=1e-4)
+    assert record.sets.table.filter(pl.col("method") == "exact effect")["size"].to_list() == [2]
+    assert record.alternatives.table["seeds"].sum() == 2 and set(record.alternatives.core) <= set(record.alternatives.union)
+    code, _, err = cli("gate", "zoo/small", "ioi", "--keep", 2, "--dry-run")
+    assert code == 2 and "learning sets is not counted" in err
+    code, _, err = cli("gate", "zoo/small", "ioi", "--n", 32, "--keep", 40)
+    assert code == 2 and "give sizes from 0 to 36" in err
+    code, _, err = cli("gate", "zoo/small", "ioi", "--price", 0)
+    assert code == 2 and "prices above 0" in err
+
+
+def test_what_is_lost_must_be_there_and_means_are_of_both_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A task that the model cannot do has nothing to lose; means that gates pass are learned on prompts of both."""
+    model = Model.load("zoo/small")
+    pairs = [item.pair for item in load_task("agreement").examples(model.tokenizer, 48, 0)]
+    turned = [{"clean": one.clean, "corrupt": one.corrupt, "answer": one.wrong[0], "wrong": one.answer[0]} for one in pairs]
+    (tmp_path / "turned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    with pytest.raises(BaselineError, match="'turned'"):
+        map(model, "ioi", Plan(n=32, contrast=str(tmp_path / "turned.jsonl")), do=("contrast",))
+    seen: list[Any] = []
+
+    def found(parts: Any, a: Any, b: Any, rule: Any, *_: Any, **__: Any) -> Any:
+        seen.append((parts, a, b, rule))
+        raise PatchclampError("seen")
+
+    monkeypatch.setattr(gates, "contrast", found)
+    with pytest.raises(PatchclampError, match="seen"):
+        map(model, "ioi", Plan(n=32, contrast="agreement", fallback="mean:all"), do=("contrast",))
+    parts, a, b, rule = seen[0]
+    of_a, of_b = (parts.fallback("mean:all", fit=one.fit) for one in (a, b))
+    tokens = [sum(len(item.clean) + len(item.corrupt or ()) for item in one.fit) for one in (a, b)]
+    place = Site.parse("L0.mlp.write")
+    wanted = (tokens[0] * of_a.total[place] + tokens[1] * of_b.total[place]) / sum(tokens)
+    torch.testing.assert_close(rule.total[place], wanted, atol=1e-5, rtol=1e-5)

@@ -100,7 +100,11 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue prompts, with edits and gates on: during the prompt and every new token."""
     edits, fit, run = _edits(edit), None, common.run_folder(model)
+    loading = {"dtype": dtype, "device": device, "device-map": device_map, "revision": revision, "tokenizer": tokenizer,
+               "trust-remote-code": trust_remote_code or None}  # fmt: skip
     if run is not None:
+        for name, given in loading.items():
+            common.refuse_both(given, f"--{name}")
         loaded, _, fit, _ = opened(run)
     else:
         loaded = common.load_model(model, dtype, device, device_map, revision, tokenizer, trust_remote_code)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from patchclamp.cli.common import out, print_rows
-from patchclamp.store.record import Contrasts, Dynamics, Localisation, Relations
+from patchclamp.store.record import Alternatives, Contrasts, Dynamics, KeptSets, Localisation, Relations
 from patchclamp.study import Study
 from patchclamp.study.claims import shown
 
@@ -54,6 +54,10 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
         _dynamics(record.dynamics)
     if record.contrast is not None:
         _contrast(record.contrast)
+    if record.sets is not None:
+        _sets(record.sets)
+    if record.alternatives is not None:
+        _alternatives(record.alternatives)
     claims = Table.grid(padding=(0, 2))
     claims.add_column(justify="right", no_wrap=True)
     for claim in record.claims:
@@ -105,14 +109,22 @@ def _relations(found: Relations) -> None:
         best = found.changed.row(0, named=True)
         out.print(Text(f"{found.changed.height} roles change when another part closes: {best['b']} goes from {best['open_role']} "
                        f"({best['open']:+.2f}) to {best['role']} ({best['score']:+.2f}) when {best['a']} is closed"))  # fmt: skip
-    hubs = about["hubs"]
-    null = f"graphs of the same degrees {about['modularity_null']:.2f}, p {about['modularity_p']:.3f}"
-    out.print(Text(f"{about['communities']} communities, modularity {about['modularity']:.2f} ({null})"))
-    out.print(
-        Text(
-            f"Closing the hubs {' '.join(hubs['parts'])} takes {hubs['effect']:+.2f}, random sets {hubs['random_mean']:+.2f} (p {hubs['p']:.3f})"
-        )
-    )
+    if about["modularity"] is not None:
+        null = f"graphs of the same degrees {about['modularity_null']:.2f}, p {about['modularity_p']:.3f}"
+        out.print(Text(f"{about['communities']} communities, modularity {about['modularity']:.2f} ({null})"))
+    if (hubs := about["hubs"]) is not None:
+        out.print(Text(f"Closing the hubs {' '.join(hubs['parts'])} takes {hubs['effect']:+.2f}, random sets {hubs['random_mean']:+.2f} "
+                       f"(p {hubs['p']:.3f})"))  # fmt: skip
+    else:
+        out.print(Text("No pair clearly interacts, so there are neither communities nor hubs."))
+    if found.shapley is not None:
+        best = found.shapley.sort(pl.col("score").abs(), descending=True).head(5).iter_rows(named=True)
+        told = ", ".join(f"{row['site']} {_number(row['score'])}" for row in best)
+        out.print(Text(f"Shapley values ({about['sampling']}): {told}"))
+    if found.screened is not None:
+        best = found.screened.head(5).iter_rows(named=True)
+        told = ", ".join(f"{row['a']} & {row['b']} {_number(row['score'])}" for row in best)
+        out.print(Text(f"Screened among all {about['of']} parts: {told}; {about['missed']}"))
     out.print()
 
 
@@ -140,6 +152,46 @@ def _contrast(found: Contrasts) -> None:
     ])  # fmt: skip
     every = found.parts.filter(pl.col("isolated") == 1)["site"].to_list()
     out.print(Text(f"Closed in every seed for B and not for A ({len(every)}): {' '.join(every) or 'none'}"))
+    out.print()
+
+
+def _sets(found: KeptSets) -> None:
+    """What sets of each method and size keep; of random ones, the mean."""
+    about = found.about
+    out.print()
+    out.print(
+        Text(f"Sets that alone keep so much of the behaviour ({about['metric']}, {about['n']} confirm prompts)", style="italic")
+    )
+    table = found.table.group_by("method", "knob", "size", maintain_order=True).agg(
+        pl.col("share").mean(), pl.col("low", "high").first(), pl.col("kept").first(), pl.len()
+    )
+    rows: list[dict[str, object]] = []
+    for row in table.iter_rows(named=True):
+        random = row["method"] == "random"
+        span = f"mean of {row['len']}" if random or row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
+        knob = f" at {row['knob']:g}" if row["method"] == "hard concrete" else ""
+        rows.append({"method": row["method"] + knob, "parts": row["size"], "keeps": f"{row['share']:.2f} {span}",
+                     "set": "" if random else row["kept"]})  # fmt: skip
+    print_rows(rows)
+    out.print()
+
+
+def _alternatives(found: Alternatives) -> None:
+    """The distinct sets that suffice, what they share, and what stands in for what."""
+    about = found.about
+    out.print()
+    out.print(Text(f"{about['distinct']} distinct sets keep {about['wanted']:.0%} of the behaviour by themselves ({about['seeds']} seeds, "
+                   f"{about['n']} confirm prompts)", style="italic"))  # fmt: skip
+    print_rows([
+        {"set": row["solution"], "parts": row["size"], "seeds": row["seeds"], "keeps": f"{row['share']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+         "suffices": row["sufficient"], "kept": row["kept"]}
+        for row in found.table.iter_rows(named=True)
+    ])  # fmt: skip
+    if about["distinct"]:
+        out.print(Text(f"In every one that suffices ({len(found.core)}): {' '.join(found.core) or 'none'}"))
+    for row in found.substitutes.filter("substitutes").iter_rows(named=True):
+        out.print(Text(f"{row['a']} and {row['b']} stand in for each other: closing both costs {row['joint']:.2f} nats, alone "
+                       f"{row['alone_a']:.2f} and {row['alone_b']:.2f}"))  # fmt: skip
     out.print()
 
 

@@ -94,6 +94,7 @@ def screen(
     passes: int = 64,
     share: float = 0.05,
     rows: int = 0,
+    by: Examples | None = None,
     batch_size: int = 64,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
@@ -116,6 +117,7 @@ def screen(
         share: of parts closed in a mask.
         rows: second derivatives are taken of the pairs with one of so many parts of largest |effect|; 0: none (parts of which none are
             known: edges).
+        by: other prompts, on which estimates are made, so that what is verified was not chosen by its own noise; by default the same.
         batch_size: examples at once.
         seed: of masks, sample, bootstrap and sign flips.
         about: provenance to add.
@@ -137,13 +139,14 @@ def screen(
         require_curved(parts, metric if isinstance(metric, Metric) else metric_named(metric or examples.metric))
     told = progress or (lambda what, done, of: None)
     told("masks", 0, 1)
-    seen = masked(parts, examples, fallback, metric=metric, passes=passes, share=share, batch_size=batch_size, seed=seed)
+    first = by or examples
+    seen = masked(parts, first, fallback, metric=metric, passes=passes, share=share, batch_size=batch_size, seed=seed)
     pairs, estimate = sparse_pairs(seen)
     guesses = {"by_masks": dict(zip(pairs, estimate.tolist(), strict=True))}
     told("masks", 1, 1)
     if rows:
         told("second derivatives", 0, 1)
-        guesses["by_curvature"] = _bends(parts, examples, fallback, metric, rows, top, batch_size)
+        guesses["by_curvature"] = _bends(parts, first, fallback, metric, rows, top, batch_size)
         told("second derivatives", 1, 1)
     chosen = _interleaved([list(guess) for guess in guesses.values()], top)
     if not chosen and threshold is None:
@@ -156,7 +159,7 @@ def screen(
         parts, examples, fallback, metric=metric, pairs=[(names[i], names[j]) for i, j in [*chosen, *drawn]],
         batch_size=batch_size, progress=lambda done, of: told("pairs", done, of),
     )  # fmt: skip
-    facts = {"method": "screen", "passes": passes, "share": share, "rows": rows, **(about or {})}
+    facts = {"method": "screen", "passes": passes, "share": share, "rows": rows, "screened_on": len(first), **(about or {})}
     table = interaction_table(closings, seed=seed, about=facts)
     return _judged(table, closings.pairs, guesses, set(chosen), total, threshold)
 

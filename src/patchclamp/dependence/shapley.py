@@ -35,6 +35,7 @@ from patchclamp.scores import Scores
 from patchclamp.scores.statistics import grouped, names_of
 from patchclamp.tasks import Examples
 
+ROUNDS = 2
 RESAMPLES = 1000
 TOGETHER = 4096
 """Settings of one call."""
@@ -73,7 +74,7 @@ def shapley(
     fallback: Fallback,
     *,
     metric: str | Metric | None = None,
-    rounds: int = 2,
+    rounds: int = ROUNDS,
     frozen_norm: bool = False,
     batch_size: int = 64,
     seed: int = 0,

@@ -75,7 +75,8 @@ def find_sets(
         fit_on: prompts that sets are learned on.
         held_out: prompts that all sets are judged on.
         fallback: what closed gates pass.
-        sizes: each k; the best set of all seeds on the prompts of the fit is shown.
+        sizes: each k; the best set of all seeds on the prompts of the fit is shown. None leaves sets of exactly k parts out; orders
+            and random sets are then of the sizes that prices give.
         prices: nats per open gate of the hard-concrete gates; none leaves them out.
         settings: seeds, batch and seed.
         orders: parts best first, by name, to compare with: threshold discovery is the order of a table of scores.
@@ -85,7 +86,7 @@ def find_sets(
     Cost: see `fit_exactly` and `fit_hard`; one forward pass over the held-out prompts per set.
 
     Raises:
-        GateError: an order that names a part which is not gated.
+        GateError: neither sizes nor prices, or an order that names a part which is not gated.
     """
     labels, rows, masks = sites_of(parts), list[dict[str, Any]](), list[np.ndarray]()
 
@@ -94,14 +95,21 @@ def find_sets(
         rows.append({"method": method, "knob": float(knob), "seed": seed, "size": int(mask.sum()), "kept": kept})
         masks.append(mask)
 
-    exactly = fit_exactly(parts, fit_on, fallback, sizes, settings, progress=progress)
-    for size, mask in zip(sizes, exactly.best, strict=True):
-        add(EXACTLY, float(size), None, mask)
+    if not sizes and not prices:
+        raise GateError("sets were asked for, and neither how many parts they hold nor what a part costs: give sizes or prices")
+    warnings: tuple[str, ...] = ()
+    if sizes:
+        exactly = fit_exactly(parts, fit_on, fallback, sizes, settings, progress=progress)
+        warnings = exactly.warnings
+        for size, mask in zip(sizes, exactly.best, strict=True):
+            add(EXACTLY, float(size), None, mask)
     if prices:
         hard = fit_hard(parts, fit_on, fallback, prices, settings, progress=progress)
+        warnings = hard.warnings
         for price, masks_of in zip(prices, hard.kept, strict=True):
             for seed, mask in zip(hard.seeds, masks_of, strict=True):
                 add(HARD, price, seed, mask)
+    sizes = sizes or sorted({int(mask.sum()) for mask in masks})  # of other sets, as many parts as a price has left
     for name, order in (orders or {}).items():
         if strange := set(order) - set(labels):
             raise GateError(f"the order {name!r} names {min(strange, key=str)}, which is not among the {len(labels)} parts")
@@ -117,4 +125,4 @@ def find_sets(
     )
     about = {"task": fit_on.task, "metric": found.metric, "fallback": fallback.kind, "n": found.n, "fit_on": len(fit_on),
              "opened": found.opened, "closed": found.closed, "seed": settings.seed}  # fmt: skip
-    return Sets(table, about, exactly.warnings)
+    return Sets(table, about, warnings)

@@ -206,6 +206,10 @@ class Relations:
         repair: what later parts' direct effects do when a part closes: a (closed), b, score (compensation), low, high, q.
         families: examples with mechanisms of their own, a row per family: family, n, feature, auroc, on, off, examples, top (its largest
             effects); `about.families` says why there are so many.
+        shapley: a row per part, where it was asked for: site, score (its Shapley value among these parts) with low, high, sampling (its
+            standard error from permutations alone); `pairs` then has a column `shapley`, the interaction index.
+        screened: pairs among all parts that random masks point to, measured exactly: a, b, score, low, high, q, by_masks;
+            `about.missed` says in words what was missed at most.
         about: fallbacks, metric, n, how many parts were looked at of how many, modularity with its null, and the like.
     """
 
@@ -214,6 +218,8 @@ class Relations:
     changed: pl.DataFrame
     repair: pl.DataFrame | None = None
     families: pl.DataFrame | None = None
+    shapley: pl.DataFrame | None = None
+    screened: pl.DataFrame | None = None
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -253,6 +259,42 @@ class Contrasts:
     evaluation: pl.DataFrame
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeptSets:
+    """Sets of parts by learned gates, and others of the same sizes.
+
+    Args:
+        table: a row per set: method (exactly k, hard concrete, exact effect, random), knob (k, or the price of an open gate in nats), seed,
+            size, kept (parts joined by blanks), share (of the behaviour that it alone keeps on confirm prompts) with low, high; value.
+        about: task, metric, fallback, n, fit_on.
+        warnings: what the reader must know.
+    """
+
+    table: pl.DataFrame
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The distinct sets of parts that suffice.
+
+    Args:
+        table: a row per set: solution, kept (parts joined by blanks), size, seeds, share with low, high, sufficient, family.
+        substitutes: a row per pair in which sufficient sets differ: a, b, alone_a, alone_b, joint, excess with low, high, clear, swaps,
+            substitutes (whether the two stand in for each other).
+        core: the parts of every sufficient set.
+        union: the parts of any.
+        about: wanted (share), distinct (sufficient sets), families (once those alike are one), n, seeds.
+    """
+
+    table: pl.DataFrame
+    substitutes: pl.DataFrame
+    core: tuple[str, ...]
+    union: tuple[str, ...]
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -309,6 +351,8 @@ class Record:
         relations: how parts go together.
         dynamics: gates that are a function of the input.
         contrast: another behaviour lost while this one is kept.
+        sets: sets of parts of a wanted size or price.
+        alternatives: the several sets that suffice.
         localisation: several methods on the same parts, side by side.
     """
 
@@ -333,6 +377,8 @@ class Record:
     relations: Relations | None = None
     dynamics: Dynamics | None = None
     contrast: Contrasts | None = None
+    sets: KeptSets | None = None
+    alternatives: Alternatives | None = None
     localisation: Localisation | None = None
 
     def __post_init__(self) -> None:

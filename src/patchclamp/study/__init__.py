@@ -20,13 +20,13 @@ from patchclamp.models.model import Model
 from patchclamp.scores import Scores
 from patchclamp.store import Run, Watch
 from patchclamp.store.record import Claim, Record
+from patchclamp.study import located, relate, steps
 from patchclamp.study import record as records
-from patchclamp.study import located, steps
 from patchclamp.study.claims import Found, claims, headline
-from patchclamp.study.gates import contrasted, dynamic
+from patchclamp.study.gates import contrasted, dynamic, sets, several
+from patchclamp.study.localise import localise
 from patchclamp.study.plan import EXTRA, STEPS, Plan
 from patchclamp.study.provenance import identity, provenance
-from patchclamp.study.relate import relate
 from patchclamp.study.work import Progress, Work, begin, score
 from patchclamp.tasks import Task, load_task
 from patchclamp.trust import Trusted, resampled_circuits, trust
@@ -40,10 +40,13 @@ FINISHED = {
     "acdc": "discover",
     "greedy": "discover",
     "screened": "attribute",
+    "localised": "localise",
     "trust": "trust",
-    "hubs": "relate",
+    "families": "relate",
     "dynamic": "dynamic",
     "contrast": "contrast",
+    "sets": "sets",
+    "solutions": "solutions",
 }
 """Which step of a map has been done where a run has kept the result of this name."""
 
@@ -126,6 +129,9 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
     if unknown := set(do) - {*STEPS, *EXTRA}:
         raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join((*STEPS, *EXTRA))}")
     do = {*do, *(step for name, step in FINISHED.items() if name in work.run.seconds)}  # what a run has found stays in it
+    if "localise" in do:
+        work.found["localisation"] = localise(work)
+        do -= {"localise"}
     if work.plan.parts != "nodes":
         located.check(do)
         parts = located.parts_of(work.plan, work.model, work.parts.memory)
@@ -136,18 +142,22 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
         _shift(work)
     if "attribute" in do or "verify" in do:
         _agree(work)
-    if "gate" in do:
+    if {"gate", "solutions"} & set(do):
         _gate(work)
     if {"discover", "trust"} & set(do):
         _discover(work)
     if "trust" in do:
         _trust(work)
     if "relate" in do:
-        work.found["relations"] = relate(work)
+        work.found["relations"] = relate.relate(work)
     if "dynamic" in do:
         work.found["dynamics"] = dynamic(work)
     if "contrast" in do:
         work.found["contrast"] = contrasted(work)
+    if "sets" in do:
+        work.found["sets"] = sets(work)
+    if "solutions" in do:
+        work.found["alternatives"] = several(work)
     return _finish(work)
 
 
@@ -255,7 +265,9 @@ def _finish(work: Work) -> Study:
         relations=found.get("relations"),
         dynamics=found.get("dynamics"),
         contrast=found.get("contrast"),
-        localisation=None if many is None else located.localisation(many, len(confirm), len(confirm)),
+        sets=found.get("sets"),
+        alternatives=found.get("alternatives"),
+        localisation=found.get("localisation", None if many is None else located.localisation(many, len(confirm), len(confirm))),
     )
     run.save(record)
     return Study(record, run.folder)

@@ -166,8 +166,8 @@ def _circuit(found: Found, circuit: Circuit) -> list[Claim]:
     return [
         Claim(sufficient, found.scope,
               f"faithfulness {shown(faithful)} on the confirm set; {random.n} random circuits of the same size and shape "
-              f"{shown(random)} (mean and 95 % of draws), {trusted.beats:.0%} of them below", refutes[0],
-              _verdict(reached and trusted.beats >= 0.95)),
+              f"{shown(random)} (mean and 95 % of draws), {trusted.beats:.0%} of them below (p = {trusted.p:.2g})", refutes[0],
+              _verdict(reached and trusted.p <= 0.05)),
         Claim(necessary, found.scope, f"with the circuit closed {shown(trusted.rest)} of the behaviour is left", refutes[1],
               _verdict((trusted.rest.mean if trusted.rest.high is None else trusted.rest.high) < 0.2)),
         Claim(minimal, found.scope,
@@ -257,17 +257,17 @@ def _relations(found: Found, relations: Relations) -> list[Claim]:
         )
         for row in chosen
     ]  # fmt: skip
-    hubs = about["hubs"]
-    made.append(
-        Claim(
-            f"The hubs {', '.join(hubs['parts'])} matter more together than random parts",
-            found.scope,
-            f"closing them takes {hubs['effect']:.2f} on prompts that did not choose them, random sets of the same size {hubs['random_mean']:.2f} "
-            f"(p = {hubs['p']:.3f})",
-            "random sets that take as much",
-            _verdict(hubs["p"] <= 0.05),
+    if (hubs := about["hubs"]) is not None:
+        made.append(
+            Claim(
+                f"The hubs {', '.join(hubs['parts'])} matter more together than random ones of these parts",
+                found.scope,
+                f"closing them takes {hubs['effect']:.2f} on prompts that did not choose them as hubs, random sets of the same size "
+                f"{hubs['random_mean']:.2f} (p = {hubs['p']:.3f})",
+                "random sets that take as much",
+                _verdict(hubs["p"] <= 0.05),
+            )
         )
-    )
     return made
 
 

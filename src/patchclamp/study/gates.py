@@ -1,4 +1,5 @@
-"""Gates that hang on the input, and gates that keep one behaviour and lose another, as steps of a study."""
+"""What gates say beyond roles, as steps of a study: gates that hang on the input, gates that keep one behaviour and lose another, sets
+of a wanted size or price, and the several sets that suffice."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,11 @@ import polars as pl
 from patchclamp.errors import PatchclampError
 from patchclamp.gating.contrast import Behaviour, contrast
 from patchclamp.gating.dynamic import Controller, DynamicRoles, DynamicSettings, dynamic_roles
-from patchclamp.store.record import Contrasts, Dynamics
+from patchclamp.gating.finder import find_sets
+from patchclamp.gating.solutions import solutions
+from patchclamp.methods import counted
+from patchclamp.store.record import Alternatives, Contrasts, Dynamics, KeptSets
+from patchclamp.study import steps
 from patchclamp.study.work import Work
 from patchclamp.tasks import load_task
 
@@ -75,8 +80,11 @@ def gates_of(found: DynamicRoles, sites: list[str]) -> pl.DataFrame:
 def contrasted(work: Work) -> Contrasts:
     """Keep this task and lose the other, and the other way round, with controls.
 
+    Means that closed gates pass are learned on both tasks.
+
     Raises:
         PatchclampError: no other task was named, or it is this one.
+        BaselineError: the model does not show the other behaviour, so that there is nothing to lose.
     """
     other = work.plan.contrast
     if other is None:
@@ -84,6 +92,43 @@ def contrasted(work: Work) -> Contrasts:
     if other == work.task.name:
         raise PatchclampError(f"{other!r} was to be kept and lost at once: name another task")
     split = load_task(other).split(work.model.tokenizer, work.plan.n, seed=work.plan.seed)
+    rule = work.fallback
+    if work.kind.partition(":")[0] == "mean":
+        rule = work.parts.fallback(work.kind, fit=replace(work.split.fit, items=work.split.fit.items + split.fit.items))
+    shown = steps.baseline(work.parts, split.select, rule, steps.metric_for(split.select, None))
+    steps.require(shown, split.select, work.plan.min_accuracy)
     a, b = Behaviour(work.split.fit, work.split.select), Behaviour(split.fit, split.select)
-    found = work.run.step("contrast", contrast, work.parts, a, b, work.fallback, work.plan.gating, progress=work.told)
+    found = work.run.step("contrast", contrast, work.parts, a, b, rule, work.plan.gating, progress=work.told)
     return Contrasts(found.parts, found.evaluation, found.about, found.warnings)
+
+
+def sets(work: Work) -> KeptSets:
+    """Sets of exactly so many parts, and sets by what a part costs, learned on the fit set and judged on the confirm set, beside as
+    many parts in order of their exact effects on the select set, and random ones.
+
+    Raises:
+        PatchclampError: neither sizes nor prices were asked for.
+    """
+    plan, labels = work.plan, counted(work.parts)
+    if not plan.keep and not plan.prices:
+        raise PatchclampError(
+            "sets of parts were asked for, and not of how many: say how many (--keep 8) or what one costs (--price 0.1)"
+        )
+    sizes = work.selected().double().mean(1).abs()
+    orders = {"exact effect": [labels[number] for number in sizes.argsort(descending=True, stable=True).tolist()]}
+    found = work.run.step(
+        "sets", find_sets, work.parts, work.split.fit, work.split.confirm, work.fallback, plan.keep, plan.prices, plan.gating,
+        orders=orders, metric=work.metric, progress=work.told,
+    )  # fmt: skip
+    return KeptSets(found.table, found.about, found.warnings)
+
+
+def several(work: Work) -> Alternatives:
+    """The sufficient sets in which the seeds of the learned gates ended: reduced on the select set, judged on the confirm set."""
+    split, plan = work.split, work.plan
+    found = work.run.step(
+        "solutions", solutions, work.parts, work.found["roles"].gated, split.select, split.confirm, work.fallback,
+        share=plan.faithfulness, metric=work.metric, seed=plan.seed,
+    )  # fmt: skip
+    about = {**found.about, "distinct": found.distinct, "families": found.families, "wanted": found.wanted}
+    return Alternatives(found.table, found.substitutes, found.core, found.union, about)

@@ -149,5 +149,5 @@ class Plan:
     def of(cls, stored: Mapping[str, Any]) -> "Plan":
         """A plan as plan.json keeps it."""
         known = {field.name for field in fields(cls)}
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         return cls(**{name: value for name, value in given.items() if name in known})

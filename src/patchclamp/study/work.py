@@ -4,6 +4,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from patchclamp.errors import PatchclampError
 from patchclamp.methods import attribute, effects
 from patchclamp.models.memory import budget
@@ -51,6 +54,13 @@ class Work:
             progress=self.progress("exact effects"),
         )  # fmt: skip
 
+    def selected(self) -> Float[Tensor, "part example"]:
+        """Exact effects of every part on each select prompt, as a step: what chooses parts."""
+        return self.run.step(
+            "select-effects", effects, self.parts, self.split.select, self.fallback, "exact", metric=self.metric, seed=self.plan.seed,
+            progress=self.progress("effects that choose parts"),
+        )  # fmt: skip
+
 
 def begin(
     model: Model, task: Task, plan: Plan, run: Run, progress: Progress | None = None, memory: int | str | None = None
@@ -78,7 +88,7 @@ def begin(
 
 def score(work: Work, do: Collection[str]) -> None:
     """Whatever gives each part a number on each prompt by itself: exact effects, attributions, effects for the circuit."""
-    if {"attribute", "verify", "gate", "relate"} & set(do):
+    if {"attribute", "verify", "gate", "solutions", "relate"} & set(do):
         work.found["exact"] = work.exact("exact", work.split.confirm, work.fallback)
     if "verify" in do:
         _second(work)
@@ -89,10 +99,7 @@ def score(work: Work, do: Collection[str]) -> None:
             work.plan.seed, work.progress("attribution"),
         )  # fmt: skip
     if {"discover", "trust"} & set(do):
-        work.found["samples"] = work.run.step(
-            "select-effects", effects, work.parts, work.split.select, work.fallback, "exact", metric=work.metric, seed=work.plan.seed,
-            progress=work.progress("effects for the circuit"),
-        )  # fmt: skip
+        work.found["samples"] = work.selected()
 
 
 def _second(work: Work) -> None:

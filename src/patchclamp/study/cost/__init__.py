@@ -29,6 +29,13 @@ REPORT = 4.0
 """Seconds for the report's figures, whatever the model: 3.4 and 4.0 on two cores."""
 
 
+NOT_COUNTED = {
+    "dynamic": "fitting dynamic gates", "contrast": "fitting contrast gates", "localise": "localise", "sets": "learning sets",
+    "solutions": "reducing solutions",
+}  # fmt: skip
+"""Steps that are not counted: how long they take hangs on what they find."""
+
+
 @dataclass(frozen=True)
 class Seconds:
     """About how long; from `low`, if nothing disturbs it, to `high`, as disturbed as the slowest repeats and if all takes its most."""
@@ -101,10 +108,8 @@ def cost(
         PatchclampError: what `map` would refuse before it computes anything.
         StoreError: the folder holds another run, or is damaged.
     """
-    if uncounted := {"dynamic", "contrast"} & set(do):
-        raise PatchclampError(
-            f"the cost of {sorted(uncounted)[0]} gates is not counted before they run: try few prompts (--n 32) first"
-        )
+    if uncounted := [said for step, said in NOT_COUNTED.items() if step in do]:
+        raise PatchclampError(f"the cost of {uncounted[0]} is not counted before it runs: try few prompts (--n 32) first")
     plan, task = plan or Plan(), load_task(task) if isinstance(task, str) else task
     digest = identity(model, task, plan)
     place = place_of(folder, digest)
@@ -138,6 +143,7 @@ def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Lin
     if unknown := set(do) - {*STEPS, *EXTRA}:
         raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join((*STEPS, *EXTRA))}")
     found = [*pieces.learned(job, job.kind, "the fallback"), pieces.baseline(job)]
+    do = set(do) - {"localise"}  # what it takes depends on methods that say so themselves: it is not counted
     if job.plan.parts != "nodes":
         located.check(do)
         found += [*many(job, do), pieces.prompts(job)]
@@ -149,7 +155,7 @@ def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Lin
         found.append(pieces.exact(job, "second", job.split.confirm, job.second))
     if "attribute" in do or "verify" in do:
         found.append(pieces.attributions(job, ("gradient", "integrated", "random") if "verify" in do else (job.plan.method,)))
-    if {"discover", "trust"} & set(do):
+    if {"discover", "trust", "relate"} & set(do):
         found.append(pieces.exact(job, "select-effects", job.split.select, job.kind, noise=False))
     if "verify" in do and job.plan.direction == "noising":
         found += pieces.behind_prefixes(job)
@@ -157,6 +163,6 @@ def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Lin
     if {"discover", "trust"} & set(do):
         found.append(pieces.discover(job) if job.plan.search == "threshold" else search(job, job.parts))
     found += [pieces.trust(job)] if "trust" in do else []
-    found += pieces.relate(job) if "relate" in do else []
+    found += [*pieces.learned(job, job.second, "the second fallback"), *pieces.relate(job)] if "relate" in do else []
     found += [pieces.prompts(job), *([pieces.patterns(job)] if any(line.step == "exact" for line in found) else [])]
     return [replace(line, kept=True, expected=Amount(), most=Amount()) if line.step in kept else line for line in found]

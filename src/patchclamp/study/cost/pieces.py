@@ -3,8 +3,13 @@
 What depends on what will be found is given as expected and at most.
 """
 
+import random
 from itertools import combinations
+from math import comb
 
+import numpy as np
+
+from patchclamp.dependence.shapley import ROUNDS, permutations
 from patchclamp.discover import sizes_of
 from patchclamp.errors import TaskError
 from patchclamp.methods import passes_of
@@ -12,6 +17,7 @@ from patchclamp.methods.integrated import STEPS as MIDPOINTS
 from patchclamp.parts.optimal import ROWS, SETTINGS, UPDATES
 from patchclamp.study.cost.job import Job, Line, line, total
 from patchclamp.study.cost.work import Amount
+from patchclamp.study.relate import HUBS, screen_sizes
 from patchclamp.tasks import Examples
 from patchclamp.tasks._shift import shifted
 from patchclamp.trust import band_sizes, curve_sizes
@@ -57,21 +63,22 @@ def baseline(job: Job) -> Line:
 
 
 def exact(job: Job, step: str, examples: Examples, kind: str, noise: bool = True) -> Line:
-    """Every part closed alone; and the noise floor: four parts on four prompts together, and on each prompt by itself, whole."""
+    """Every part closed alone; and the noise floor."""
     engine, shapes = job.engine, job.shapes(examples, kind)
     amount = total(engine.measure(shape, engine.singles(), opened=True) for shape in shapes)
     if noise:
-        some = examples.take(range(min(4, len(examples))))
-        tries = engine.singles()[:: max(1, len(engine.layers) // 4)][:4]
-        together = engine.shape(some.batch(), kind, job.metric)
-        alone = engine.shape(some.batch([0]), kind, job.metric)
-        once = (
-            engine.plain(alone)
-            + engine.measure(alone, tries[:1])
-            + engine.measure(alone, tries[:1], kept=True) * (len(tries) - 1)
-        )
-        amount += engine.measure(together, tries, opened=True) + once * len(some)
+        amount += noise_floor(job, examples, kind)
     return line(job, step, "exact effects", shapes, len(engine.layers) + 1, amount)
+
+
+def noise_floor(job: Job, examples: Examples, kind: str) -> Amount:
+    """Four parts on four prompts together, and on each prompt by itself, whole."""
+    engine, some = job.engine, examples.take(range(min(4, len(examples))))
+    tries = engine.singles()[:: max(1, len(engine.layers) // 4)][:4]
+    together = engine.shape(some.batch(), kind, job.metric)
+    alone = engine.shape(some.batch([0]), kind, job.metric)
+    once = engine.plain(alone) + engine.measure(alone, tries[:1]) + engine.measure(alone, tries[:1], kept=True) * (len(tries) - 1)
+    return engine.measure(together, tries, opened=True) + once * len(some)
 
 
 def attributions(job: Job, names: tuple[str, ...]) -> Line:
@@ -151,20 +158,61 @@ def relate(job: Job) -> list[Line]:
     engine, confirm, select = job.engine, job.shapes(job.split.confirm), job.shapes(job.split.select)
     count = min(job.plan.pairs_of, len(engine.layers))
     parts = [round(number * (len(engine.layers) - 1) / max(1, count - 1)) for number in range(count)]  # as if spread evenly
-    closed = [[part] for part in parts] + [[*pair] for pair in combinations(parts, 2)]
-    settings = [engine.closing(some) for some in closed]
-    amount = total(engine.measure(shape, settings, opened=True) for shape in confirm)
-    found = [
-        line(job, step, "pairs of parts", confirm, len(settings) + 1, amount) for step in ("pairs", "pairs-second", "pairs-held")
-    ]
+    early = sorted(range(len(engine.layers)), key=engine.layers.__getitem__)[:count]
+    settings, first = (
+        [engine.closing(some) for some in [*([part] for part in those), *map(list, combinations(those, 2))]]
+        for those in (parts, early)
+    )
+    held = total(engine.plain(shape) for shape in confirm)  # what the final norm divides by
+    found: list[Line] = []
+    ways = (("pairs", job.kind, Amount()), ("pairs-second", job.second, Amount()), ("pairs-held", job.kind, held))
+    for step, kind, own in ways:
+        shapes, more = job.shapes(job.split.confirm, kind), own + noise_floor(job, job.split.confirm, kind)
+        expected, most = (
+            total(engine.measure(shape, some, opened=True) for shape in shapes) + more for some in (settings, first)
+        )
+        most = max(expected, most, key=lambda one: one.forward)
+        found.append(line(job, step, "pairs of parts", shapes, len(settings) + 1, expected, most))
     alone = total(engine.measure(shape, settings[:count], opened=True) * 2 for shape in confirm)
     found += [line(job, step, "self-repair", confirm, 2 * count, alone) for step in ("self-repair", "self-repair-second")]
     found.append(line(job, "outputs", "what parts put out", confirm, 0, total(engine.recording(shape) for shape in confirm)))
-    drawn = [engine.closing(engine.order(1 + draw)[:3]) for draw in range(200)]
+    chance = random.Random(job.plan.seed)
+    drawn = [engine.closing(chance.sample(parts, min(HUBS, count - 1))) for _ in range(200)]
+    found += [_shapley(job, parts)] if job.plan.shapley else []
+    found += [_screen(job)] if job.plan.screen_pairs else []
     return [
         *found,
         line(job, "hubs", "hubs", select, len(drawn) + 2, total(engine.measure(shape, drawn, opened=True) for shape in select)),
     ]
+
+
+def _shapley(job: Job, players: list[int]) -> Line:
+    """Two rounds of walks through all players, each with its prefixes and exchanges; every walk is a measurement of its own."""
+    engine, confirm, n = job.engine, job.shapes(job.split.confirm), len(players)
+    orders = [path.tolist() for path, _ in permutations(n, np.random.default_rng(job.plan.seed).permutation(n + n % 2))]
+    walk = [order[k:] for order in orders[:2] for k in range(n)]
+    walk += [[order[k], *order[k + 2 :]] for order in orders[:2] for k in range(n - 1)]
+    settings = [engine.closing([players[number] for number in some]) for some in walk]
+    amount = total(engine.measure(shape, settings, opened=True) for shape in confirm) * (ROUNDS * len(orders) / 2)
+    return line(job, "shapley", "permutations", confirm, ROUNDS * len(orders) * 2 * n, amount)
+
+
+def _screen(job: Job) -> Line:
+    """Masks of their own for every prompt, which run whole; then the pairs that they point to, and as many at random."""
+    engine, select, confirm, count = (
+        job.engine,
+        job.shapes(job.split.select),
+        job.shapes(job.split.confirm),
+        len(job.engine.layers),
+    )
+    top, sample, passes = screen_sizes(comb(count, 2), len(job.split.select))
+    masks = [engine.closing([], of=number) for number in range(passes)]
+    drawn = random.Random(job.plan.seed).sample(list(combinations(range(count), 2)), top + sample)
+    used = sorted({part for pair in drawn for part in pair})
+    settings = [engine.closing(some) for some in [*([part] for part in used), *map(list, drawn)]]
+    amount = total(engine.measure(shape, masks, opened=True) for shape in select)
+    amount += total(engine.measure(shape, settings, opened=True) for shape in confirm)
+    return line(job, "screen-pairs", "pairs", confirm, passes + len(settings) + 2, amount)
 
 
 def prompts(job: Job) -> Line:
