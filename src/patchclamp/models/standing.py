@@ -305,6 +305,16 @@ def _leading(rows: int, total: int, given: Any) -> Any:
     return given[: rows * (len(given) // total)]
 
 
+@contextmanager
+def themselves() -> Generator[None]:
+    """While open, in this thread, modules compute what they do by themselves, whatever stands in for them in a run."""
+    token = STANDING.set(MappingProxyType({}))
+    try:
+        yield
+    finally:
+        STANDING.reset(token)
+
+
 def replaceable(module: nn.Module) -> Undo:
     """Let threads put something in the module's place."""
     own, shadowed = module.forward, "forward" in vars(module)

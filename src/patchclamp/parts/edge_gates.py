@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchclamp.models.editing import Seen
+from patchclamp.models.editing import Columns, Seen
 from patchclamp.models.standing import Start
 from patchclamp.models.tree import Pattern
 from patchclamp.parts.edge_reading import Changed, Streams, User, reads_at
@@ -25,12 +25,14 @@ class Readers:
         destinations: who reads it.
         sources: in forward order.
         edges: by destination, the numbers of its edges and, beside each, the number of its source.
+        positions: by destination, beside each edge, the position or span at which the source's write is meant; None: all.
     """
 
     place: Site
     destinations: tuple[Site, ...]
     sources: tuple[Site, ...]
     edges: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    positions: tuple[tuple[int | str | None, ...], ...]
 
     def by_place(self, sources: Sources) -> dict[Site, tuple[list[int], list[int]]]:
         """By the sources' places: their numbers here, and the numbers of their heads (0 for what has none)."""
@@ -43,19 +45,59 @@ class Readers:
 
 
 def readers_of(labels: Sequence[Edge], sources: Sources) -> tuple[Readers, ...]:
-    """The edges, sorted by the place of the stream that they carry something to."""
+    """The edges, sorted by the place of the stream that they carry something to.
+
+    Keys and values as queries at some position read them are destinations of their own; all others are one at every position.
+    """
     at: dict[Site, dict[Site, list[int]]] = {}
     for number, edge in enumerate(labels):
-        at.setdefault(reads_at(sources.model.anatomy, edge.target), {}).setdefault(edge.target, []).append(number)
+        target = edge.target if edge.target.kind in KEYS else edge.target.at(None)
+        at.setdefault(reads_at(sources.model.anatomy, edge.target), {}).setdefault(target, []).append(number)
     made: list[Readers] = []
     for place, by_target in sorted(at.items()):
-        found = sorted({labels[number].source for numbers in by_target.values() for number in numbers})
+        found = sorted({labels[number].source.at(None) for numbers in by_target.values() for number in numbers})
         index = {source: number for number, source in enumerate(found)}
         edges = tuple(
-            (tuple(numbers), tuple(index[labels[number].source] for number in numbers)) for numbers in by_target.values()
+            (tuple(numbers), tuple(index[labels[number].source.at(None)] for number in numbers)) for numbers in by_target.values()
         )
-        made.append(Readers(place, tuple(by_target), tuple(found), edges))
+        positions = tuple(tuple(written_at(labels[number]) for number in numbers) for numbers in by_target.values())
+        made.append(Readers(place, tuple(by_target), tuple(found), edges, positions))
     return tuple(made)
+
+
+KEYS = ("k", "v")
+"""What attention reads at other positions than it is written at."""
+
+
+def written_at(edge: Edge) -> int | str | None:
+    """The position at which the source's write is meant: where it stands is where it is read, but by keys' and values' readers."""
+    here = None if edge.target.kind in KEYS else edge.target.position
+    return here if edge.source.position is None else edge.source.position
+
+
+def spread_over(
+    gates: Float[Tensor, "#row #position part"], positions: Sequence[int | str | None], columns: Columns
+) -> Float[Tensor, "#row #position part"]:
+    """Gates of edges at positions as gates at every column: 1 where they are not meant."""
+    if not any(position is not None for position in positions):
+        return gates
+    meant = {one: columns(one).to(gates.device) for one in dict.fromkeys(positions) if one is not None}
+    some = next(iter(meant.values()))
+    masks = [torch.ones_like(some) if one is None else meant[one] for one in positions]
+    return torch.where(torch.stack(masks, -1), gates, torch.ones_like(gates))
+
+
+def by_source(
+    gates: Float[Tensor, "#row #position part"], numbers: Sequence[int], count: int
+) -> Float[Tensor, "#row #position source"]:
+    """1 - gate by source; gates of one source at several positions multiply."""
+    if len(set(numbers)) == len(numbers):
+        shares = gates.new_zeros(*gates.shape[:2], count)
+        return shares.index_copy(-1, torch.tensor(numbers, device=gates.device), 1 - gates)
+    found = [torch.ones_like(gates[..., 0])] * count
+    for at, number in enumerate(numbers):
+        found[number] = found[number] * gates[..., at]
+    return 1 - torch.stack(found, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +197,7 @@ def level_of(place: Site) -> int:
 
 
 def closed(
-    readers: Sequence[Readers], known: Known, gates: Float[Tensor, "setting #row #position part"], start: Start
+    readers: Sequence[Readers], known: Known, gates: Float[Tensor, "setting #row #position part"], start: Start, columns: Columns
 ) -> Mapping[Site, Changed]:
     """What destinations read under gates, by the place of the stream; places whose gates are all 1 are left out.
 
@@ -170,19 +212,20 @@ def closed(
         if not bool(closing[:, [number for edges, _ in one.edges for number in edges]].any()):
             continue
         known_reads: dict[tuple[int, bytes], int] = {}
-        for destination, (edges, numbers) in zip(one.destinations, one.edges, strict=True):
+        for destination, (edges, numbers), positions in zip(one.destinations, one.edges, one.positions, strict=True):
             wanted = closing[:, list(edges)].any(1).nonzero()[:, 0].tolist()
             for run in wanted:
-                part = 1 - gates[here[run]][..., list(edges)]
-                empty = part.new_zeros(*part.shape[:2], len(one.sources))
-                share = empty.index_copy(-1, torch.tensor(numbers, device=part.device), part)
+                part = spread_over(gates[here[run]][..., list(edges)], positions, columns)
+                share = by_source(part, numbers, len(one.sources))
                 key = (run, str(destination).encode() if gates.requires_grad else share.float().cpu().numpy().tobytes())
                 if key not in known_reads:
                     known_reads[key] = len(shares)
                     shares.append(share)
                     runs.append(run)
                 users.append(User(destination, run, known_reads[key]))
-        made[one.place] = Closed(one, known, torch.stack(shares), tuple(runs), users, start)
+        shape = torch.broadcast_shapes(*(share.shape for share in shares))
+        together = torch.stack([share.expand(shape) for share in shares])
+        made[one.place] = Closed(one, known, together, tuple(runs), users, start)
     return made
 
 

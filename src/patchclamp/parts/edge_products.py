@@ -56,17 +56,19 @@ def shortened(value: Tensor, cut: Cut) -> Tensor:
     return value[tuple(slice(None) if size == 1 else one for size, one in zip(value.shape, cut, strict=False))]
 
 
-def is_known(maps: Maps, place: Site, kind: str) -> bool:
-    """Whether the closed form gives what destinations of a kind that read at a place make of it."""
-    layer = place.layer or 0
-    return kind == "logits" or (maps.mlp if kind == "mlp" else maps.attention)[layer] is not None
+def is_known(maps: Maps, destination: Site) -> bool:
+    """Whether the closed form gives what a destination makes of what it reads."""
+    if destination.kind == "logits":
+        return True
+    known = maps.mlp if destination.kind == "mlp" else maps.attention
+    return destination.position is None and known[destination.layer or 0] is not None
 
 
 def add_known(
     sources: Sources, readers: Sequence[Readers], maps: Maps, run: OwnRun, first: Values | None, second: Values, out: Tensor,
 ) -> None:  # fmt: skip
     """Add to `out` the slopes of all edges into destinations whose slope at the stream is known in closed form."""
-    found = [(one, [n for n, site in enumerate(one.destinations) if is_known(maps, one.place, site.kind)]) for one in readers]
+    found = [(one, [n for n, site in enumerate(one.destinations) if is_known(maps, site)]) for one in readers]
     found = [(one, numbers) for one, numbers in found if numbers]
     if not found:
         return

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from patchclamp.errors import GateError
 from patchclamp.models.anatomy import Anatomy
-from patchclamp.models.editing import Edit, Edits, Seen
+from patchclamp.models.editing import Columns, Edit, Edits, Seen
 from patchclamp.models.scope import unobserved
 from patchclamp.models.session import CALL, Call, Session
-from patchclamp.models.standing import STANDING
+from patchclamp.models.standing import themselves
 from patchclamp.sites import Site
 
 SLOTS = ("q", "k", "v")
@@ -66,6 +65,26 @@ def attention_reads(
     return {slot: found[slot].unflatten(0, streams.shape[:2]) for slot in SLOTS}
 
 
+def attention_writes(
+    anatomy: Anatomy, layer: int, call: Call, copies: int, given: Mapping[str, Float[Tensor, "read row position head head_width"]]
+) -> Float[Tensor, "read row position head head_width"]:
+    """z of a layer whose queries, keys and values (after norms and rotary embedding) are given."""
+    found: list[Tensor] = []
+    like = given["q"]
+
+    def put(slot: str, value: Tensor) -> Tensor:
+        return given[slot].flatten(0, 1).to(value.dtype)
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value)
+        raise _Read
+
+    session = Session(anatomy, {**{Site(slot, layer): partial(put, slot) for slot in SLOTS}, Site("z", layer): keep})
+    with unobserved(), session.open():
+        _again(anatomy, layer, call, copies, like.new_zeros(*like.shape[:3], int(anatomy.config.hidden_size)))
+    return found[0].unflatten(0, like.shape[:2])
+
+
 def mlp_reads(anatomy: Anatomy, layer: int, call: Call, copies: int, streams: Streams) -> Streams:
     """What a layer's MLP module returns that reads each of `streams`.
 
@@ -91,16 +110,12 @@ def _again(anatomy: Anatomy, layer: int, call: Call, copies: int, streams: Strea
     reads, rows = streams.shape[:2]
     args, kwargs = (_repeated(given, rows, copies, reads) for given in call)
     stream = streams.flatten(0, 1)
-    token = STANDING.set(MappingProxyType({}))  # the block itself runs, whatever stands in for it in the run
-    try:
-        with suppress(_Read):
-            if args:
-                anatomy.layers[layer].block(stream, *args[1:], **kwargs)
-            else:
-                anatomy.layers[layer].block(**kwargs | {"hidden_states": stream})
-        # a block that comes to its end has been read, too: whoever asked finds nothing and fails
-    finally:
-        STANDING.reset(token)
+    with themselves(), suppress(_Read):
+        if args:
+            anatomy.layers[layer].block(stream, *args[1:], **kwargs)
+        else:
+            anatomy.layers[layer].block(**kwargs | {"hidden_states": stream})
+    # a block that comes to its end has been read, too: whoever asked finds nothing and fails
 
 
 def detached(given: Any) -> Any:
@@ -165,6 +180,10 @@ class Desk:
     calls: dict[int, Call] = field(default_factory=dict[int, Call])
     found: dict[Site, Tensor] = field(default_factory=dict[Site, Tensor])
     """By place that is put in (q, k, v, mlp): [read, row, position, ...]."""
+    own: dict[Site, Tensor] = field(default_factory=dict[Site, Tensor])
+    """Queries, keys and values of the runs, where queries at some position read others: [run, row, position, ...]."""
+    columns: Columns | None = None
+    """Where positions and named spans are."""
 
 
 def reading(desk: Desk, changed: Mapping[Site, Changed]) -> Edits:
@@ -181,9 +200,12 @@ def reading(desk: Desk, changed: Mapping[Site, Changed]) -> Edits:
         attention = [user for user in one.users if user.destination.kind in SLOTS]
         mlp = [user for user in one.users if user.destination.kind == "mlp"]
         edits.setdefault(place, []).append(_Reads(desk, layer, one, bool(attention), bool(mlp)))
-        for slot in sorted({user.destination.kind for user in attention}):
-            users = [user for user in attention if user.destination.kind == slot]
-            edits[Site(slot, layer)] = [_Put(desk, Site(slot, layer), users)]
+        asked = [user for user in attention if user.destination.position is not None]
+        for slot in SLOTS if asked else sorted({user.destination.kind for user in attention}):
+            users = [user for user in attention if user.destination.kind == slot and user.destination.position is None]
+            edits[Site(slot, layer)] = [_Put(desk, Site(slot, layer), users, bool(asked))]
+        if asked:
+            edits[Site("z", layer)] = [_Asked(desk, layer, asked)]
         if mlp:
             edits[Site("mlp", layer)] = [_Put(desk, Site("mlp", layer), mlp)]
     return dict(edits)
@@ -247,15 +269,59 @@ class _Put:
     desk: Desk
     place: Site
     users: Sequence[User]
+    kept: bool = False
+    """Whether others ask for it, and for what was put, behind."""
 
     def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
-        found = self.desk.found.pop(self.place)
-        out = value.unflatten(0, (-1, self.desk.rows)).clone()
+        found = self.desk.found[self.place] if self.kept else self.desk.found.pop(self.place)
+        out = value.unflatten(0, (-1, self.desk.rows))
+        out = out.clone() if self.users else out
         for user in self.users:
             index = user.destination.index
             unit: tuple[Any, ...] = () if index is None else (slice(None), slice(None), index)
             out[(user.run, *unit)] = found[(user.read, *unit)].to(out.dtype)
+        if self.kept:
+            self.desk.own[self.place] = out
+        return out.flatten(0, 1) if self.users else value
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """At z: queries at some position read other keys and values than the others do. Attention runs once more for each position."""
+
+    desk: Desk
+    layer: int
+    users: Sequence[User]
+
+    def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
+        desk, out = self.desk, value.unflatten(0, (-1, self.desk.rows)).clone()
+        own = {slot: desk.own.pop(Site(slot, self.layer)) for slot in SLOTS}
+        found = {slot: desk.found.pop(Site(slot, self.layer)) for slot in SLOTS}
+        groups: dict[tuple[int, int | str | None], list[User]] = {}
+        for user in self.users:
+            groups.setdefault((user.run, user.destination.position), []).append(user)
+        assert desk.columns is not None
+        waiting, share = list(groups.items()), out.shape[3] // own["k"].shape[3]
+        while waiting:
+            some, waiting = waiting[: self.at_once(out)], waiting[self.at_once(out) :]
+            runs = torch.tensor([run for (run, _), _ in some], device=out.device)
+            given = {slot: one[runs] for slot, one in own.items()}
+            for at, (_, users) in enumerate(some):
+                for user in users:
+                    slot, head = user.destination.kind, user.destination.index
+                    given[slot][at, :, :, head] = found[slot][user.read, :, :, head].to(out.dtype)
+            made = attention_writes(desk.anatomy, self.layer, desk.calls[self.layer], seen.settings, given)
+            for at, ((run, position), users) in enumerate(some):
+                assert position is not None
+                where = desk.columns(position).to(out.device)
+                for head in sorted({(user.destination.index or 0) * share + number for user in users for number in range(share)}):
+                    out[run, :, :, head] = torch.where(where[..., None], made[at, :, :, head], out[run, :, :, head])
         return out.flatten(0, 1)
+
+    def at_once(self, z: Tensor) -> int:
+        """How many attentions memory allows at once."""
+        _, rows, length, heads, width = z.shape
+        return max(1, self.desk.memory // (4 * rows * length * heads * (8 * width + 4 * length)))
 
 
 @dataclass(frozen=True, eq=False)

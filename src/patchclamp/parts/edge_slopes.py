@@ -6,7 +6,7 @@ slope at the stream is a closed form, and all slopes of a layer's edges are one 
 time. Where the closed form does not hold, the layer is read once more under autograd.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +22,11 @@ from patchclamp.models.model import Model
 from patchclamp.models.scope import still
 from patchclamp.models.session import CALL, Call, Session
 from patchclamp.models.standing import Start
-from patchclamp.parts.edge_gates import Readers
+from patchclamp.parts.edge_gates import KEYS, Readers
 from patchclamp.parts.edge_maps import Maps, maps_of
 from patchclamp.parts.edge_norms import Slopes
 from patchclamp.parts.edge_products import OwnRun, add_known, is_known
-from patchclamp.parts.edge_reading import SLOTS, attention_reads, detached, mlp_reads
+from patchclamp.parts.edge_reading import SLOTS, attention_reads, attention_writes, detached, mlp_reads
 from patchclamp.parts.edge_sources import Sources
 from patchclamp.parts.fallbacks import Values
 from patchclamp.parts.pieces import only
@@ -110,17 +110,21 @@ def _wanted(sources: Sources, readers: Sequence[Readers], maps: Maps) -> _Wanted
     found = _Wanted({*sources.sites, *(one.place for one in readers)})
     for one in readers:
         layer = one.place.layer or 0
-        for kind in {site.kind for site in one.destinations}:
-            attention, mlp = maps.attention[layer], maps.mlp[layer]
-            if kind == "logits":
+        attention, mlp = maps.attention[layer], maps.mlp[layer]
+        for site in one.destinations:
+            if site.kind == "logits":
                 found.slopes.add(one.place)
-            elif kind in SLOTS and attention is not None:
-                module = attention.slots[kind].module
+            elif site.position is not None:
+                found.slopes.add(Site("z", layer))
+                found.places.update(Site(slot, layer) for slot in SLOTS)
+                found.calls.add(layer)
+            elif site.kind in SLOTS and attention is not None:
+                module = attention.slots[site.kind].module
                 found.outputs[id(module)] = module
-            elif kind == "mlp" and mlp is not None:
+            elif site.kind == "mlp" and mlp is not None:
                 found.inputs[id(mlp.entry)] = mlp.entry
             else:
-                found.slopes.add(Site(kind, layer))
+                found.slopes.add(Site(site.kind, layer))
                 found.calls.add(layer)
     return found
 
@@ -187,13 +191,15 @@ def slopes_of(
         spread: each position by itself, instead of their sum.
     """
     sources, count = asked.sources, asked.count
+    placed = _placed(asked.readers)
+    whole, spread = spread, spread or bool(placed)
     rows, length = batch.tokens.shape
     kind = torch.promote_types(sources.model.dtype, torch.float32)
     out = torch.zeros(count, rows, *([length] if spread else []), dtype=kind, device=batch.tokens.device)
     with torch.no_grad():
         add_known(sources, asked.readers, maps, run, first, second, out)
     for one in asked.readers:
-        for numbers, slopes in _by_autograd(sources, maps, one, run, rows * length):
+        for numbers, slopes in _by_autograd(sources, maps, one, run, batch):
             for place, (mine, units) in one.by_place(sources).items():
                 value = run.value(sources, place, first)
                 for piece in sources.pieces(list(range(len(units))), rows * length):
@@ -202,7 +208,21 @@ def slopes_of(
                         equation = "drpw,srpw->sdrp" if spread else "drpw,srpw->sdr"
                         found = torch.einsum(equation, slopes.to(kind), apart.to(kind))
                     _fill(out, one, numbers, [mine[at] for at in piece], found)
+    for position, numbers in placed.items():
+        out[numbers] *= batch.columns(position)
+    out = out.sum(-1) if spread and not whole else out
     return out.new_zeros(len(batch), *out.shape[2:], count).index_add(0, batch.example, out.movedim(0, -1))
+
+
+def _placed(readers: Sequence[Readers]) -> dict[int | str, list[int]]:
+    """By position, the edges that are meant there alone."""
+    found: dict[int | str, list[int]] = {}
+    for one in readers:
+        for (edges, _), positions in zip(one.edges, one.positions, strict=True):
+            for number, position in zip(edges, positions, strict=True):
+                if position is not None:
+                    found.setdefault(position, []).append(number)
+    return found
 
 
 def _fill(out: Tensor, readers: Readers, numbers: Sequence[int], sources: Sequence[int], found: Tensor) -> None:
@@ -215,31 +235,52 @@ def _fill(out: Tensor, readers: Readers, numbers: Sequence[int], sources: Sequen
             out[list(edges)] += found[list(columns), at].to(out.dtype)
 
 
-def _by_autograd(sources: Sources, maps: Maps, readers: Readers, run: OwnRun, tokens: int) -> Iterator[tuple[list[int], Slopes]]:
+def _by_autograd(sources: Sources, maps: Maps, readers: Readers, run: OwnRun, batch: Batch) -> Iterator[tuple[list[int], Slopes]]:
     """Where the closed form does not hold, for some destinations after others: their numbers, and d metric / d what each reads."""
     anatomy, stream = sources.model.anatomy, run.kept[readers.place]
     layer = readers.place.layer or 0
-    by_kind: dict[str, list[int]] = {}
+    by_kind: dict[tuple[str, int | str | None], list[int]] = {}
     for number, destination in enumerate(readers.destinations):
-        if not is_known(maps, readers.place, destination.kind):
-            by_kind.setdefault(destination.kind, []).append(number)
+        if not is_known(maps, destination):
+            by_kind.setdefault((destination.kind, destination.position), []).append(number)
     leaf = stream[None].clone().requires_grad_()
-    most = max(1, sources.memory // (16 * tokens * stream.shape[-1]))
-    if "mlp" in by_kind:
+    most = max(1, sources.memory // (16 * stream.numel()))
+    if mlps := by_kind.pop(("mlp", None), None):
         with torch.enable_grad():
             made = mlp_reads(anatomy, layer, run.calls[layer], 1, leaf)[0]
         (slope,) = torch.autograd.grad(made, leaf, run.slopes[Site("mlp", layer)])
-        yield by_kind["mlp"], slope
-    slots = [slot for slot in SLOTS if slot in by_kind]
+        yield mlps, slope
+    if not by_kind:
+        return
+    asked = _asked(sources.model, layer, run, {position for _, position in by_kind if position is not None}, batch)
     with torch.enable_grad():
-        found = attention_reads(anatomy, layer, run.calls[layer], 1, leaf) if slots else {}
-    for slot in slots:
-        given = run.slopes[Site(slot, layer)]
-        for start in range(0, len(by_kind[slot]), most):
-            some = by_kind[slot][start : start + most]
+        found = attention_reads(anatomy, layer, run.calls[layer], 1, leaf)
+    for (slot, position), numbers in by_kind.items():
+        given = run.slopes[Site(slot, layer)] if position is None else asked[position][slot]
+        for start in range(0, len(numbers), most):
+            some = numbers[start : start + most]
             apart = torch.stack([_alone(given, readers.destinations[number].index or 0) for number in some])
             (slope,) = torch.autograd.grad(found[slot][0], leaf, apart, retain_graph=True, is_grads_batched=True)
             yield some, slope[:, 0]
+
+
+def _asked(
+    model: Model, layer: int, run: OwnRun, positions: Iterable[int | str], batch: Batch
+) -> dict[int | str, dict[str, Tensor]]:
+    """By position, d metric / d keys and values as the queries there read them."""
+    order = list(positions)
+    if not order:
+        return {}
+    given = {slot: run.kept[Site(slot, layer)][None].detach().clone() for slot in SLOTS}
+    leaves = [given[slot].requires_grad_() for slot in KEYS]
+    with torch.enable_grad():
+        z = attention_writes(model.anatomy, layer, run.calls[layer], 1, given)[0]
+    found: dict[int | str, dict[str, Tensor]] = {}
+    for position in order:
+        part = run.slopes[Site("z", layer)] * batch.columns(position)[..., None, None]
+        slopes = torch.autograd.grad(z, leaves, part, retain_graph=True)
+        found[position] = {slot: slope[0] for slot, slope in zip(KEYS, slopes, strict=True)}
+    return found
 
 
 def _alone(slope: Tensor, head: int) -> Tensor:

@@ -12,6 +12,7 @@ from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.model import Model
 from patchclamp.models.recording import Recorder, gain_at
 from patchclamp.models.scope import unobserved
+from patchclamp.models.standing import themselves
 from patchclamp.parts.fallbacks import Values
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
@@ -143,7 +144,7 @@ class Sources:
             return self.matrices[number]
         sizes = self.model.anatomy.sizes[number]
         inner = sizes.heads * sizes.head_width
-        with unobserved():
+        with unobserved(), themselves():
             units = torch.cat([torch.eye(inner, dtype=like.dtype, device=like.device), like.new_zeros(1, inner)])[None]
             out = output(units)[0]
         matrix = out[:-1] - out[-1:]
@@ -160,5 +161,5 @@ class Sources:
         """What a post-norm multiplies with in a run in which attention gives `attn`, and the block's own multiplier."""
         layer = self.model.anatomy.layers[place.layer or 0]
         assert layer.attn_post is not None
-        with unobserved():
+        with unobserved(), themselves():
             return gain_at(layer.attn_post, attn) * layer.scale

@@ -25,7 +25,7 @@ from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.models.scope import OPEN
 from patchclamp.models.standing import Start
-from patchclamp.parts.edge_gates import Known, Readers, closed, patterns_of, readers_of
+from patchclamp.parts.edge_gates import KEYS, Known, Readers, closed, patterns_of, readers_of
 from patchclamp.parts.edge_reading import Desk, reading, reads_at
 from patchclamp.parts.edge_runs import Ground, at_once, first_block, ground_of, measured, replays_pay
 from patchclamp.parts.edge_slopes import Asked, open_slopes
@@ -46,8 +46,15 @@ def edges(
     sources: Sequence[Site | str] = SOURCES,
     destinations: Sequence[Site | str] = DESTINATIONS,
     memory: int | None = None,
+    positions: Sequence[int | str] = (),
 ) -> "Edges":
     """Edges of a model as parts: every source with every destination that comes after it.
+
+    With positions (named spans of the task, or numbers where all prompts have one length), an edge for each:
+
+    - `L0.h3@S2>L2.h1.q@S2`, and into MLPs and logits: what the source writes at the span, as it is read there;
+    - `L0.h3@S1>L2.kv1.k@S2`, keys and values: what the source writes at one span, as queries at the other span read it (all
+      query heads of the key/value head). So which position a head looks at is an edge, exactly (as PEAP, 2502.04577, estimates).
 
     Args:
         model: the model.
@@ -55,6 +62,7 @@ def edges(
         destinations: sites or patterns among queries (`L9.h6.q`), keys and values (`L9.kv2.k`; native under grouped-query
             attention), MLPs (`L9.mlp`) and `logits`.
         memory: bytes that one folded pass may take; by default a share of what is free (`models.memory`).
+        positions: a part per position or named span; those of keys and values by both.
 
     Raises:
         SiteError: a pattern that fits no source, or no destination.
@@ -67,7 +75,15 @@ def edges(
         raise GateError(
             f"no edge leads from {', '.join(map(str, here))} to {', '.join(map(str, there))}: nothing there comes before it"
         )
-    return Edges(model, sorted(found), memory)
+    each = [at for edge in found for at in _at_positions(edge, positions)] if positions else found
+    return Edges(model, sorted(each), memory)
+
+
+def _at_positions(edge: Edge, positions: Sequence[int | str]) -> list[Edge]:
+    """An edge at every position; into keys and values, from every position as every position reads it."""
+    both = edge.target.kind in KEYS
+    pairs = [(here, there) for here in positions for there in (positions if both else (here,))]
+    return [Edge(edge.source.at(here), edge.target.at(there)) for here, there in pairs]
 
 
 def sources_of(model: Model) -> tuple[Site, ...]:
@@ -133,6 +149,10 @@ class Edges:
         """What is added to the embeddings in every run that `record` and `slopes` make."""
         self.labels: tuple[Edge, ...] = tuple(labels)
         self.counted: tuple[int, ...] = tuple(range(len(self.labels)))
+        for edge in self.labels:
+            here, there = edge.source.position, edge.target.position
+            if edge.target.kind not in KEYS and here != there and None not in (here, there):
+                raise GateError(f"{edge}: only keys and values are read at other positions than they are written at")
 
     def __repr__(self) -> str:
         return f"Edges({self.model.name!r}: {len(self.labels)} edges into {len(set(edge.target for edge in self.labels))} destinations)"
@@ -144,7 +164,7 @@ class Edges:
 
     @cached_property
     def _sources(self) -> Sources:
-        places = {place_of(self.model.anatomy, edge.source) for edge in self.labels}
+        places = {place_of(self.model.anatomy, edge.source.at(None)) for edge in self.labels}
         return Sources(self.model, tuple(sorted(places)), self.memory // 4)
 
     @cached_property
@@ -196,6 +216,24 @@ class Edges:
         for axis, have, name in ((1, len(batch), "examples"), (2, batch.tokens.shape[1], "columns")):
             if gates.shape[axis] not in (1, have):
                 raise GateError(f"gates for {gates.shape[axis]} {name} were given, and the batch has {have}")
+        self.require_positions(batch)
+
+    def require_positions(self, batch: Batch) -> None:
+        """Raise where positions are not those of the batch: `TaskError` for a span that it does not name.
+
+        Raises:
+            GateError: positions by number, and prompts of unequal lengths, in which a number is another word in each.
+        """
+        asked = {site.position for edge in self.labels for site in (edge.source, edge.target)} - {None}
+        lengths = batch.mask.sum(1)
+        if any(isinstance(one, int) for one in asked) and int(lengths.min()) != int(lengths.max()):
+            raise GateError(
+                f"positions by number are other words in prompts of {int(lengths.min())} to {int(lengths.max())} tokens: name "
+                'spans of the task (positions=["subject", "end"])'
+            )
+        for one in asked:
+            if one is not None:
+                batch.columns(one)
 
     def record(self, batch: Batch) -> Values:
         """What sources write when the batch runs, by place. One forward pass."""
@@ -241,8 +279,8 @@ class Edges:
         if not gates.requires_grad and bool((gates == 1).all()):
             return {}
         rows = expand_to_rows(gates, batch) if gates.shape[1] > 1 else gates
-        desk = Desk(self.model.anatomy, len(batch.tokens), self.memory // 2)
-        return reading(desk, closed(self.readers, known, rows, start))
+        desk = Desk(self.model.anatomy, len(batch.tokens), self.memory // 2, columns=batch.columns)
+        return reading(desk, closed(self.readers, known, rows, start, batch.columns))
 
     def _edits(self, gates: Tensor, fallback: Fallback, batch: Batch) -> Edits:
         return self.compiled(gates, batch, Known(self._sources, {}, fallback.at(batch)), Start())
@@ -373,5 +411,6 @@ class Edges:
         """
         batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
         self._alone()
+        self.require_positions(batch)
         with frozen(self.model):
             return open_slopes(self._asked(), batch, first, second, metric, spread=False)
