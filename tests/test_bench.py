@@ -6,14 +6,16 @@ import pytest
 
 from patchclamp.bench import bench, cells, live, planted, sizes_of, submitted
 from patchclamp.bench.protocol import nine
+from patchclamp.circuit import Circuit
 from patchclamp.discover import evaluate
 from patchclamp.errors import BaselineError, PatchclampError
-from patchclamp.exchange import read_submission
+from patchclamp.exchange import read_submission, save_graph, to_graph
 from patchclamp.exchange.submission import count_of, size_of
 from patchclamp.methods import attribute
 from patchclamp.models.model import Model
 from patchclamp.parts import edges, nodes
 from patchclamp.sites import Edge
+from patchclamp.tasks import load_task
 from patchclamp.zoo import wired
 
 
@@ -37,6 +39,14 @@ def test_rows_are_what_evaluation_gives(induction):
     exact, random = found.table["CPR"].to_list()
     assert exact > random + 0.1 and found.table["CMD"][0] < found.table["CMD"][1] - 0.1
     assert found.curves.height == 2 * 2 * 10 and not found.skipped and "CPR" in str(found)
+
+
+def test_on_a_trained_model_every_method_is_clear_of_random():
+    """Indirect object identification in the shipped model, heads and MLPs: intervals of CPR and CMD apart from the random ranking's."""
+    found = bench(Model.load("zoo/small"), [load_task("ioi")], granularity="nodes", n=48)
+    rows = {row["method"]: row for row in found.table.iter_rows(named=True)}
+    for name in ("exact", "integrated", "gradient"):
+        assert rows[name]["CPR_low"] > rows["random"]["CPR_high"] and rows[name]["CMD_high"] < rows["random"]["CMD_low"]
 
 
 def test_planted_edges_are_ranked_first(induction):
@@ -124,3 +134,24 @@ def test_the_command(cli, tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, err = cli("bench", "zoo/small", tmp_path / "empty")
     assert code == 2 and "no task files" in err
+
+
+def test_the_command_that_judges_a_circuit(cli, tmp_path):
+    """Of the shipped model: a circuit of all heads but one is sufficient, one MLP is not; and from a graph file it is the same circuit."""
+    (tmp_path / "one.json").write_text(json.dumps({"sites": ["L3.mlp"], "about": {}}))
+    asked = ("judge", "zoo/small", "ioi", "--n", "24", "--draws", "8", "--json")
+    code, out, err = cli(*asked, "--circuit", "one.json")
+    assert code == 0, err
+    body = json.loads(out)
+    passed = {row["name"]: row["passed"] for row in body["tests"]}
+    assert not passed["sufficiency"] and not passed["equivalence"] and body["fragility"]["verdict"] == "insufficient"
+    save_graph(tmp_path / "graph.json", to_graph(sizes_of(Model.load("zoo/small")), None, Circuit(["L3.mlp"])))
+    code, again, err = cli(*asked, "--circuit", "graph.json")
+    assert code == 0, err
+    assert [row["p"] for row in json.loads(again)["tests"]] == [row["p"] for row in body["tests"]]
+    for words, why in (
+        (("judge", "zoo/small", "ioi"), "MODEL TASK --circuit"), (("judge", "zoo/small", "ioi", "--circuit", "none.json"), "cannot be read"),
+        ((*asked, "--circuit", "one.json", "--draws", "0"), "1 or more"),
+    ):  # fmt: skip
+        code, _, err = cli(*words)
+        assert code == 2 and why in err, err

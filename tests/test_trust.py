@@ -210,9 +210,8 @@ def test_hypotheses_refuse_what_cannot_be_tested(induction: tuple[Wired, Nodes])
 # --- fragility
 
 
-def test_a_circuit_that_needs_everything_else_closed_is_fragile():
-    """A head copies the answer, another argues against it. With both left out of a circuit that has neither, nothing is there to
-    be kept; with the opponent alone left out, closing everything is right, and closing half may leave the opponent at work."""
+def test_verdicts_where_the_effects_are_known():
+    """A head copies the answer (8 logits), another argues against it (5). m(all) = 3, m(none) = -3, m(the first alone) = 8 + 5 = 13."""
     model = wired("interfering")
     parts = nodes(Model.load(model.hf, tokenizer=model.tokenizer))
     search, judge = model.task.examples(model.tokenizer, 12, seed=1), model.task.examples(model.tokenizer, 12, seed=2)
@@ -220,44 +219,39 @@ def test_a_circuit_that_needs_everything_else_closed_is_fragile():
     both = fragility(parts, search, judge, rule, Circuit(["L0.h1", "L1.h3"]), draws=8)
     assert both.verdict == "robust" and both.worst.is_empty() and both.closed.mean == pytest.approx(1, abs=1e-5)
     helper = fragility(parts, search, judge, rule, Circuit(["L0.h1"]), draws=8)
-    # closed forms: m(all) = 3, m(none) = -3 (the corrupt prompt's answer), m(helper alone) = 8 + 5: f = (13 + 3) / 6
     assert helper.closed.mean == pytest.approx(16 / 6, abs=1e-4) and helper.verdict == "insufficient"
-    # measured against a whole that has no opponent, the helper alone is enough, until what it was cut from is put back
-    truth = fragility(parts, search, judge, rule, Circuit(["L1.mlp"]), draws=4)
-    assert truth.closed.mean == pytest.approx(0, abs=1e-5) and truth.verdict == "insufficient"
+    idle = fragility(parts, search, judge, rule, Circuit(["L1.mlp"]), draws=4)
+    assert idle.closed.mean == pytest.approx(0, abs=1e-5) and idle.verdict == "insufficient"
 
 
-def test_parts_that_cancel_when_all_are_closed_make_a_fragile_circuit(induction: tuple[Wired, Nodes]):
-    """OR of two heads, and a circuit of neither but with the MLP: closing one leaves all, closing both leaves nothing. A circuit of
-    one of two heads is enough with the other closed and with it open: robust. Two outside parts made to cancel: fragile."""
+def test_parts_that_cancel_when_all_are_closed_make_a_fragile_circuit():
+    """OR of two heads: one of them and the MLP are enough, whatever else is closed. With two parts outside that add 3 logits and take
+    them off again, the same circuit is right with both closed, and wrong with one."""
     model = wired("or")
     parts = nodes(Model.load(model.hf, tokenizer=model.tokenizer))
     search, judge = model.task.examples(model.tokenizer, 12, seed=1), model.task.examples(model.tokenizer, 12, seed=2)
-    rule = parts.fallback("resample")
-    one = fragility(parts, search, judge, rule, Circuit(["L0.h0", "L1.mlp"]), draws=8)
+    rule, circuit = parts.fallback("resample"), Circuit(["L0.h0", "L1.mlp"])
+    one = fragility(parts, search, judge, rule, circuit, draws=8)
     assert one.verdict == "robust" and one.closed.mean == pytest.approx(1, abs=1e-3)
-    pairs = cancelling()
-    found = fragility(pairs, search, judge, pairs.fallback("resample"), Circuit(["L0.h0", "L1.mlp"]), draws=30)
+    pair = with_a_cancelling_pair(parts)
+    found = fragility(pair, search, judge, pair.fallback("resample"), circuit, draws=30)
     assert found.closed.mean == pytest.approx(1, abs=1e-3) and found.verdict == "fragile"
-    alone = {row["direction"]: row for row in found.worst.iter_rows(named=True)}
-    assert {"L0.h3", "L1.h0"} & set(alone["down"]["parts"]) or {"L0.h3", "L1.h0"} & set(alone["up"]["parts"])
-    assert max(abs(1 - row["f"]) for row in alone.values()) > 0.3
+    worst = {row["direction"]: row for row in found.worst.iter_rows(named=True)}
+    assert "L1.h0" in worst["down"]["parts"] and "L1.h1" in worst["up"]["parts"]
+    opened, closed = benefits(parts, judge, torch.cat([parts.open(), parts.closed()]), rule, DIFF).double().mean(1)
+    for direction, sign in (("down", -1), ("up", 1)):
+        assert worst[direction]["f"] == pytest.approx(1 + sign * 3 / float(opened - closed), abs=0.02)
     assert "fragile" in str(found) and found.subsets.height == 90
 
 
-def cancelling() -> Nodes:
-    """The OR model whose MLP is enough, with two idle heads behind each other that write what cancels: +v and -v of the answer."""
-    model = wired("or")
-    parts = nodes(Model.load(model.hf, tokenizer=model.tokenizer))
+def with_a_cancelling_pair(parts: Nodes) -> Nodes:
+    """The same parts, of which one idle head adds 3 to what is measured, and another takes 3 off, where they are open."""
     measure = parts.measure
     first, second = parts.index[Site.parse("L1.h0")], parts.index[Site.parse("L1.h1")]
 
     class Cancelling(Nodes):
-        """One head adds 3 logits where the prompt's parity says, the other takes them off."""
-
         def measure(self, batch, gates, fallback, metric=None):
-            values = measure(batch, gates, fallback, metric)
-            return values + 3 * (gates[:, 0, 0, first] - gates[:, 0, 0, second])[:, None].to(values)
+            return measure(batch, gates, fallback, metric) + 3 * (gates[:, 0, 0, first] - gates[:, 0, 0, second])[:, None]
 
     return Cancelling(parts.model)
 

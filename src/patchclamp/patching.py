@@ -19,6 +19,41 @@ from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 
 
+def advice(fallback: str, metric: str, window: int = 1, effects: Scores | None = None) -> tuple[str, ...]:
+    """What is known to mislead about a way of patching, in sentences; empty for the way that is recommended.
+
+    Recommended are symmetric token replacement, logit difference and single layers (P089, https://arxiv.org/abs/2309.16042; P107,
+    https://arxiv.org/abs/2404.15255).
+
+    Args:
+        fallback: what is put in: "resample", "mean", "zero", or "noise" for causal tracing.
+        metric: what is measured.
+        window: layers patched together.
+        effects: what was found, where there is something to look at.
+    """
+    found: list[str] = []
+    if fallback == "noise":
+        found.append("noise on embeddings takes the model off its distribution, and what comes back may be of the shock: with pairs, "
+                     "exchange tokens instead (patch --direction denoising)")  # fmt: skip
+    if fallback == "zero":
+        found.append("zero is a value that few parts ever have: effects may be of the shock; with pairs, use resample")
+    if metric in ("probability", "probability_diff", "top1"):
+        found.append(
+            f"{metric} can hardly fall below 0 or rise above 1, so parts that lower the answer go unseen: logit_diff shows them"
+        )
+    if metric in ("kl", "nll", "log_probability"):
+        found.append(
+            f"{metric} also moves with tokens that are no answer to the question: logit_diff of right and wrong does not"
+        )
+    if window > 1:
+        found.append(
+            f"a window of {window} layers adds up what each does, and more where they work together: look at single layers too"
+        )
+    if effects is not None and "q" in effects.table.columns and not effects.significant().height:
+        found.append("no effect is clear of chance: more prompts, or a larger corruption, before any is told")
+    return tuple(found)
+
+
 def patch(
     model: Model,
     examples: Examples,

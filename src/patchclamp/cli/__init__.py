@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from patchclamp.cli import bench, change, inspect, look, patching, questions, relate, sweep
+from patchclamp.cli import bench, change, inspect, judge, look, patching, questions, relate, reproduce, sweep
 from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ patching.add(app)
 relate.add(app)
 sweep.add(app)
 bench.add(app)
+judge.add(app)
+reproduce.add(app)
 change.add(app)
 inspect.add(app)
 look.add(app)

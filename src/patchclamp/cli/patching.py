@@ -205,8 +205,19 @@ def _ask(
     } for row in rows])  # fmt: skip
     if scores.too_few:
         common.out.print(Text(scores.too_few, style="yellow"))
+    print_advice(scores)
     if out is not None:
         common.out.print(Text(str(out)))
+
+
+def print_advice(scores: "Scores") -> None:
+    """What is known to mislead about this way of patching."""
+    from patchclamp.patching import advice
+
+    about = scores.about
+    fallback = "noise" if about.get("method") == "causal tracing" else str(about.get("fallback", ""))
+    for sentence in advice(fallback, str(about.get("metric", "")), int(about.get("window", 1)), scores):
+        common.out.print(Text(f"Beware: {sentence}", style="yellow"))
 
 
 def _interval(row: dict[str, Any]) -> str:
