@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from patchclamp.metrics import METRICS, Metric
     from patchclamp.models.doctor import examine
     from patchclamp.models.model import Model
-    from patchclamp.parts import edges, gated, nodes
+    from patchclamp.parts import edges, gated, neurons, nodes
     from patchclamp.patching import patch
     from patchclamp.paths import path_patching
     from patchclamp.scores import Scores
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "Circuit": "circuit", "Edge": "sites", "METRICS": "metrics", "Metric": "metrics", "Model": "models.model", "Pair": "tasks",
     "Plan": "study", "Scores": "scores", "Site": "sites", "Study": "study", "Task": "tasks", "attribute": "methods",
-    "edges": "parts", "examine": "models.doctor", "gated": "parts", "load_task": "tasks", "map": "study", "nodes": "parts",
+    "edges": "parts", "examine": "models.doctor", "gated": "parts", "load_task": "tasks", "map": "study", "neurons": "parts", "nodes": "parts",
     "patch": "patching", "path_patching": "paths", "task_names": "tasks", "trace": "tracing",
 }  # fmt: skip
 
 __all__ = [
     "METRICS", "Circuit", "Edge", "Metric", "Model", "Pair", "Plan", "Scores", "Site", "Study", "Task", "attribute",
-    "edges", "examine", "gated", "load_task", "map", "nodes", "patch", "path_patching", "task_names", "trace",
+    "edges", "examine", "gated", "load_task", "map", "neurons", "nodes", "patch", "path_patching", "task_names", "trace",
 ]  # fmt: skip
 
 

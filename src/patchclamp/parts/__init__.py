@@ -9,10 +9,11 @@ from patchclamp.parts.contract import Gates, Parts, sites_of
 from patchclamp.parts.edges import Edges, edges
 from patchclamp.parts.fallbacks import FALLBACKS, Fallback
 from patchclamp.parts.gated import Gated, gated
+from patchclamp.parts.neurons import neurons
 from patchclamp.parts.nodes import Nodes, nodes
 from patchclamp.parts.tied import Tied, tied
 
 __all__ = [
-    "FALLBACKS", "Edges", "Fallback", "Gated", "Gates", "Nodes", "Parts", "Tied", "benefits", "edges", "gated", "nodes",
+    "FALLBACKS", "Edges", "Fallback", "Gated", "Gates", "Nodes", "Parts", "Tied", "benefits", "edges", "gated", "neurons", "nodes",
     "sites_of", "tied",
 ]  # fmt: skip
