@@ -585,3 +585,14 @@ def test_pieces_and_shipping_on_ray(cluster: Any, case: Callable[..., Case], tmp
     with pytest.raises(SweepError, match="a worker of 4 processors and 0 GPUs was asked for, and the cluster has 2 and 0"):
         sweep([asked], tmp_path / "more", on="ray", address=cluster.address, cpus=4)
     assert not (tmp_path / "more").exists() and os.listdir(tmp_path / "ray")
+
+
+def test_lists_in_a_plan_are_lists_and_lists_of_lists_are_axes(tmp_path: Path):
+    """`keep` is how many parts sets hold: one number or several are one question."""
+    file, head = tmp_path / "plans.toml", 'model = "zoo/small"\ntask = "ioi"\n'
+    for given, wanted in (("4", [(4,)]), ("[4, 8]", [(4, 8)]), ("[[4], [8]]", [(4,), (8,)])):
+        file.write_text(f"[[plan]]\n{head}keep = {given}\n")
+        assert [case.plan.keep for case in read_plans(file)] == wanted
+    file.write_text(f'[[plan]]\n{head}keep = ["many"]\n')
+    with pytest.raises(SweepError, match="give a whole number"):
+        read_plans(file)

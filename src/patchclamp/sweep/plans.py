@@ -37,7 +37,7 @@ ALIASES = {
     "lambda": "pressure",
     "trust_remote_code": "trust",
 }
-WHOLE = ("steps",)
+WHOLE = ("steps", *(name for name, hint in PLAN.items() if get_origin(hint) is tuple))
 """Keys whose value is a list by itself: a list of lists makes an axis."""
 
 
@@ -173,6 +173,8 @@ def _as(hint: Any, value: Any, said: str) -> Any:
         if value not in get_args(hint):
             raise SweepError(f"{said}: choose from {', '.join(get_args(hint))}")
         return value
+    if get_origin(hint) is tuple:
+        return tuple(_as(get_args(hint)[0], one, said) for one in (value if isinstance(value, list) else [value]))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

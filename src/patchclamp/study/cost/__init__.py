@@ -148,18 +148,18 @@ def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Lin
         located.check(do)
         found += [*many(job, do), pieces.prompts(job)]
         return [replace(line, kept=True, expected=Amount(), most=Amount()) if line.step in kept else line for line in found]
-    if {"attribute", "verify", "gate", "relate"} & set(do):
+    if {"attribute", "verify", "gate", "solutions", "relate"} & set(do):
         found.append(pieces.exact(job, "exact", job.split.confirm, job.kind))
     if "verify" in do:
         found += pieces.learned(job, job.second, "the second fallback")
         found.append(pieces.exact(job, "second", job.split.confirm, job.second))
     if "attribute" in do or "verify" in do:
         found.append(pieces.attributions(job, ("gradient", "integrated", "random") if "verify" in do else (job.plan.method,)))
-    if {"discover", "trust", "relate"} & set(do):
+    if {"discover", "trust", "relate", "sets"} & set(do):
         found.append(pieces.exact(job, "select-effects", job.split.select, job.kind, noise=False))
     if "verify" in do and job.plan.direction == "noising":
         found += pieces.behind_prefixes(job)
-    found += gates.roles(job) if "gate" in do else []
+    found += gates.roles(job) if {"gate", "solutions"} & set(do) else []
     if {"discover", "trust"} & set(do):
         found.append(pieces.discover(job) if job.plan.search == "threshold" else search(job, job.parts))
     found += [pieces.trust(job)] if "trust" in do else []
