@@ -12,7 +12,7 @@ from patchclamp.errors import MetricError, PatchclampError
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
 from patchclamp.parts import Nodes, benefits, nodes
-from patchclamp.repair import Act, Repaired, Share, repair
+from patchclamp.repair import Act, Repaired, Share, fallback_of, repair
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples, load_task
 
@@ -85,6 +85,22 @@ def test_nothing_to_repair_is_said(broken: tuple[Nodes, Examples, Examples]):
         repair(whole, search, test, whole.fallback("zero"))
     with pytest.raises(MetricError, match="whose sign says"):
         repair(parts, search, test, parts.fallback("zero"), metric="nll")
+    with pytest.raises(MetricError, match="whose sign says"):
+        fallback_of(parts, "success", search, "nll")
+    for options, said in (({"most": 0}, "0 parts at most"), ({"draws": 0}, "0 random repairs"), ({"acts": (1.0,)}, "acts 1 change"),
+                          ({"acts": ()}, "acts none change"), ({"acts": (float("nan"),)}, "acts nan change")):  # fmt: skip
+        with pytest.raises(PatchclampError, match=said):
+            repair(parts, search, test, parts.fallback("zero"), **options)
+
+
+def test_a_prompt_that_no_act_helps_keeps_its_benefit_and_has_none(broken: tuple[Nodes, Examples, Examples]):
+    """A gate next to 1 mends nothing, and what makes a failing prompt worse is no act of its own."""
+    parts, search, test = broken
+    found = repair(parts, search, test, parts.fallback("zero"), acts=(0.999,), most=2, draws=2)
+    assert found.common == () and not found.examples["repaired"].any()
+    assert (found.examples["after"] >= found.examples["before"]).all()
+    idle = found.examples.filter(pl.col("acts") == "")
+    assert (idle["after"] == idle["before"]).all()
 
 
 def test_shares_have_exact_intervals():

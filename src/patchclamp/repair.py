@@ -134,12 +134,14 @@ def repair(
 
     Raises:
         MetricError: the metric's sign says nothing about success.
-        PatchclampError: no prompt fails, or none succeeds.
+        PatchclampError: no prompt fails, or none succeeds; no act other than a gate of 1; or no parts or draws were asked for.
     """
-    chosen = metric_named(metric or search.metric)
-    if not chosen.wrong:
-        raise MetricError(
-            f"repair needs a metric whose sign says whether a prompt succeeds, and {chosen.name} is none: give wrong answers and use logit_diff"
+    chosen = _of_success(metric or search.metric)
+    if most < 1 or draws < 1:
+        raise PatchclampError(f"{most} parts at most and {draws} random repairs were asked for: give 1 or more of both")
+    if not any(gate != 1 for gate in acts) or not np.isfinite(acts).all():
+        raise PatchclampError(
+            f"the acts {', '.join(f'{gate:g}' for gate in acts) or 'none'} change nothing: give gates other than 1, such as 0"
         )
     told = progress or (lambda what, done, of: None)
     plain = benefits(parts, search, parts.open(), fallback, chosen)[0]
@@ -151,7 +153,8 @@ def repair(
         )
     failing = search.take(np.flatnonzero(~right).tolist())
     tries = [Act(part, gate) for part in counted(parts) for gate in acts if gate != 1]
-    own, after = _of_their_own(parts, failing, fallback, chosen, tries, most, told)
+    before = plain[~torch.from_numpy(right)].cpu()
+    own, after = _of_their_own(parts, failing, before, fallback, chosen, tries, most, told)
     common, steps = _together(parts, search, fallback, chosen, tries, most, right, told)
     told("unseen prompts", 0, 1)
     repaired, kept, random = _tested(parts, test, fallback, chosen, tries, common, draws, seed)
@@ -159,7 +162,7 @@ def repair(
     return Repaired(
         before=Share.of(right),
         examples=pl.DataFrame(
-            {"prompt": [prompt_of(failing, number) for number in range(len(failing))], "before": plain[~torch.from_numpy(right)].double().numpy(),
+            {"prompt": [prompt_of(failing, number) for number in range(len(failing))], "before": before.double().numpy(),
              "after": after.double().numpy(), "acts": [", ".join(map(str, one)) for one in own], "repaired": (after > 0).numpy()}
         ),
         common=common,
@@ -177,17 +180,28 @@ def fallback_of(parts: Parts, kind: str, fit: Examples, metric: str | None = Non
     """The fallback called `kind`; "success" is the mean over those of the fit prompts on which the model succeeds.
 
     Raises:
+        MetricError: the metric's sign says nothing about success.
         PatchclampError: it succeeds on none.
     """
     if kind != "success":
         return parts.fallback(kind, fit=fit)
-    chosen = metric_named(metric or fit.metric)
+    chosen = _of_success(metric or fit.metric)
     good = benefits(parts, fit, parts.open(), parts.fallback("zero"), chosen)[0] > 0
     if not bool(good.any()):
         raise PatchclampError(
             f"the model succeeds on none of {len(fit)} prompts of {fit.task!r}, so there is no value of success to put in"
         )
     return parts.fallback("mean", fit=fit.take(torch.nonzero(good)[:, 0].tolist()))
+
+
+def _of_success(name: str) -> Metric:
+    """The metric, where its sign says whether a prompt succeeds."""
+    chosen = metric_named(name)
+    if not chosen.wrong:
+        raise MetricError(
+            f"repair needs a metric whose sign says whether a prompt succeeds, and {chosen.name} is none: give wrong answers and use logit_diff"
+        )
+    return chosen
 
 
 def prompt_of(examples: Examples, number: int) -> str:
@@ -197,16 +211,16 @@ def prompt_of(examples: Examples, number: int) -> str:
 
 
 def _of_their_own(
-    parts: Parts, failing: Examples, fallback: Fallback, metric: Metric, tries: Sequence[Act], most: int,
-    told: Callable[[str, int, int], None],
+    parts: Parts, failing: Examples, before: Float[Tensor, " example"], fallback: Fallback, metric: Metric, tries: Sequence[Act],
+    most: int, told: Callable[[str, int, int], None],
 ) -> tuple[list[list[Act]], Float[Tensor, " example"]]:  # fmt: skip
-    """For each failing prompt, the acts that it needs by itself, and its benefit under them."""
+    """For each failing prompt, the acts that it needs by itself, and its benefit under them; none where every act makes it worse."""
     columns = torch.tensor([_column(parts, act) for act in tries])
     values = torch.tensor([act.gate for act in tries])
     found, after, done = list[list[Act]](), list[Tensor](), 0
     for batch in failing.batches(32):
         base = parts.open().expand(1, len(batch), 1, -1).clone()
-        best = torch.full((len(batch),), -torch.inf)
+        best = before[done : done + len(batch)].clone()
         acts: list[list[Act]] = [[] for _ in range(len(batch))]
         for _ in range(most):
             gates = base.expand(len(tries), -1, -1, -1).clone()

@@ -70,7 +70,8 @@ def text_effects(before: Model, after: Model, texts: Batch, batch_size: int = 16
         texts: rows of tokens, left-padded; each is a group of its own.
 
     Returns:
-        texts, tokens; nll_before, nll_after (mean over tokens of -log p); change, low, high (95 %, over texts); kl (mean over
+        texts, tokens; nll_before, nll_after (mean over tokens of -log p); change, low, high (mean over texts of what each one's
+        nats per token change by, 95 %: short texts count as long ones, so it is not nll_after - nll_before); kl (mean over
         positions of KL(before || after)).
 
     Cost: one forward pass over the texts per model, with every logit.

@@ -92,7 +92,7 @@ class Weights:
         for path, module in here.mlp.named_modules():
             if path.endswith("down_proj"):
                 found.append(module)
-            elif not path.endswith("down_proj"):
+            else:
                 found += [w for key, w in module.named_parameters(recurse=False) if key.startswith("down_proj")]
         if not found:
             raise FamilyError(f"{name}: {type(here.mlp).__name__} has no down_proj, so it is not known where it ends")

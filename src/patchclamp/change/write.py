@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def write_checkpoint(model: Model, folder: str | Path, about: Mapping[str, Any],
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PatchclampError(f"{folder} is there already: choose another folder for the new checkpoint")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # on the same disk, and nobody else's
+    fresh.chmod(0o755)
     try:
         with no_bar():
             model.hf.save_pretrained(fresh, safe_serialization=True)

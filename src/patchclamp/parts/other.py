@@ -86,7 +86,7 @@ def warn_of_unseen(places: Sequence[Site], model: Model, other: Model) -> None:
             warnings.warn(
                 f"the {name} projections of layers {shown} differ between {model.name} and {other.name}, and the gates there stand "
                 f"before them: what these changed no gate carries (add L*.{behind[-1] if name == 'output' else 'mlp'})",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
