@@ -27,12 +27,12 @@ FEW = DynamicSettings(prices=(0.1,), seeds=1, updates=2, batch=8, redraws=0)
 """Enough to go through every step; what comes out means nothing."""
 
 
-def dynamic(folder: Path, settings: DynamicSettings, monkeypatch: pytest.MonkeyPatch) -> tuple[Wired, Model, Study]:
+def dynamic(folder: Path, settings: DynamicSettings, monkeypatch: pytest.MonkeyPatch, n: int = 64) -> tuple[Wired, Model, Study]:
     """A head for prompts of one kind, another for those of the other."""
     monkeypatch.setattr(gates, "BUDGET", settings)
     model = wired("switch")
     loaded = Model.load(model.hf.float(), tokenizer=model.tokenizer)
-    plan = Plan(n=64, dynamic="example", sight="L1.resid.pre")
+    plan = Plan(n=n, dynamic="example", sight="L1.resid.pre")
     with open_run(folder, loaded, model.task, plan) as run:
         return model, loaded, map(loaded, model.task, plan, run, do=("dynamic",))
 
@@ -69,8 +69,9 @@ def test_how_a_model_is_loaded_is_not_said_beside_a_run(cli, tmp_path: Path):
 
 @pytest.mark.long
 def test_what_switches_is_said_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On 128 prompts: of 64, arbitrary labels are judged on 16, of which two are more than the margin of .1."""
     settings = DynamicSettings(prices=(0.1,), seeds=1, updates=36, batch=12, redraws=1)
-    model, _, study = dynamic(tmp_path / "run", settings, monkeypatch)
+    model, _, study = dynamic(tmp_path / "run", settings, monkeypatch, n=128)
     found = study.record.dynamics
     kinds = [effects["resample"] for effects in model.truth.by_cue.values()]
     planted = {part for part in model.truth.roles if min(kind[part] for kind in kinds) < 1e-6 < max(kind[part] for kind in kinds)}
