@@ -10,7 +10,7 @@ quadrature takes 20 passes and has an error. From the first layer to the last, t
 those whose slope in the company of the path is largest.
 
 The path is judged by what closing it takes (removal) and what doubling it adds (enhancement), against the neurons of largest
-activation, of largest slope by themselves, and random ones of the same layers.
+activation, of largest slope by themselves (chosen on the same prompts), and random ones of the same layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -109,7 +109,8 @@ def neuron_path(
         influence.append(value)
         if progress is not None:
             progress(done + 1, len(layers))
-    judged, p = _judged(parts, unseen or examples, fallback, chosen, path, layers, width, draws, seed, batch_size)
+    sets = _others(parts, examples, fallback, chosen, layers, width, draws, seed, batch_size)
+    judged, p = _judged(parts, unseen or examples, fallback, chosen, [path, *sets], batch_size)
     sites = tuple(parts.labels[number] for number in path)
     about = {"method": "neuron path", "metric": chosen.name, "fallback": fallback.kind, "n": len(examples), "width": width,
              "influence": influence[-1], "model": parts.model.name, "task": examples.task}  # fmt: skip
@@ -138,11 +139,11 @@ def _next(
     return few[best], float(gained[best])
 
 
-def _judged(
-    parts: Gated, examples: Examples, fallback: Fallback, metric: Metric, path: Sequence[int], layers: dict[int, list[int]], width: int,
-    draws: int, seed: int, batch_size: int,
-) -> tuple[pl.DataFrame, float]:  # fmt: skip
-    """What closing and doubling take and give, for the path and for what it is compared with."""
+def _others(
+    parts: Gated, examples: Examples, fallback: Fallback, metric: Metric, layers: dict[int, list[int]], width: int, draws: int, seed: int,
+    batch_size: int,
+) -> list[list[int]]:  # fmt: skip
+    """What a path is compared with: the neurons of largest activation, of largest slope, and random ones; as many of each layer."""
     slopes = effects(parts, examples, fallback, "gradient", metric=metric, batch_size=batch_size).double().mean(1).numpy()
     place = {number: at for at, number in enumerate(parts.counted)}
     active = _active(parts, examples, batch_size)
@@ -150,17 +151,23 @@ def _judged(
     by_size = [n for numbers in layers.values() for n in sorted(numbers, key=lambda n: -active[n])[:width]]
     rng = np.random.default_rng([seed, 23])
     drawn = [[int(n) for numbers in layers.values() for n in rng.choice(numbers, width, replace=False)] for _ in range(draws)]
-    sets = [list(path), by_size, by_slope, *drawn]
+    return [by_size, by_slope, *drawn]
+
+
+def _judged(
+    parts: Gated, examples: Examples, fallback: Fallback, metric: Metric, sets: Sequence[Sequence[int]], batch_size: int
+) -> tuple[pl.DataFrame, float]:
+    """What closing and doubling take and give, for the path and for what it is compared with."""
     gates = parts.open(2 * len(sets) + 1)
     for at, members in enumerate(sets):
-        gates[at, ..., members] = 0
-        gates[len(sets) + at, ..., members] = DOUBLE
+        gates[at, ..., list(members)] = 0
+        gates[len(sets) + at, ..., list(members)] = DOUBLE
     values = benefits(parts, examples, gates, fallback, metric, batch_size).double().mean(1).numpy()
     removal, more = values[-1] - values[: len(sets)], values[len(sets) : -1] - values[-1]
     rows = [{"choice": name, "removal": float(removal[at]), "enhancement": float(more[at])}
             for at, name in enumerate(("path", "activation", "slope"))]  # fmt: skip
     rows.append({"choice": "random", "removal": float(removal[3:].mean()), "enhancement": float(more[3:].mean())})
-    return pl.DataFrame(rows), float((1 + (removal[3:] >= removal[0]).sum()) / (1 + draws))
+    return pl.DataFrame(rows), float((1 + (removal[3:] >= removal[0]).sum()) / (1 + len(sets) - 3))
 
 
 def _active(parts: Gated, examples: Examples, batch_size: int) -> Float[np.ndarray, " part"]:
