@@ -20,6 +20,7 @@ from patchclamp.errors import ModelError
 from patchclamp.tasks import Pair, Task, Tokenizer
 from patchclamp.zoo import _compile
 from patchclamp.zoo._designs import CONCEPTS, DESIGNS, FILLERS, PEOPLE, RELATIONS, N
+from patchclamp.zoo._edges import live
 from patchclamp.zoo._pairs_of_tasks import PAIRED, TONES
 from patchclamp.zoo._relations import RELATED
 from patchclamp.zoo._switching import CUES, SWITCHING
@@ -73,6 +74,16 @@ class Wired:
         """
         fallback = None if corrupt is None else run(self.wiring, corrupt).writes
         return run(self.wiring, tokens, gates, fallback).logits
+
+    def live_edges(self, n: int = 16) -> frozenset[str]:
+        """The edges whose closing alone changes the metric of any of `n` pairs, under resample; see `zoo._edges`."""
+        return live(self.wiring, self.task.examples(self.tokenizer, n))
+
+    def used_edges(self, n: int = 16) -> frozenset[str]:
+        """Those, and the edges that are live once a part is closed that another can stand in for (OR, redundant, backup)."""
+        examples = self.task.examples(self.tokenizer, n)
+        contexts = [(), *((part,) for parts in self.truth.alternatives for part in parts)]
+        return frozenset().union(*(live(self.wiring, examples, closed) for closed in contexts))
 
 
 def build(name: str, family: str = "gpt2") -> Wired:

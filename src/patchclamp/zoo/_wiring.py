@@ -111,15 +111,16 @@ def angles(first: int, count: int, width: int = HEAD_WIDTH["llama"]) -> Float[Ar
     return ROPE_BASE ** (-2 * np.arange(first, first + count) / width)
 
 
-def _pattern(wiring: Wiring, head: Head, x: Array, slot: int) -> Float[Array, "query key"]:
-    n = len(x)
+def pattern_of(wiring: Wiring, head: Head, to_query: Array, to_key: Array, slot: int) -> Float[Array, "query key"]:
+    """A head's attention, given what its queries and its keys read: [position, width] each."""
+    n = len(to_query)
     apart = np.arange(n)[:, None] - np.arange(n)[None, :]
     if wiring.family == "llama":
         turned = np.cos(apart[..., None] * angles(CONTENT + slot, head.query.shape[1]))
         previous = np.cos((apart[..., None] - 1) * angles(0, SHIFTED)).mean(-1)
     else:
         turned, previous = np.ones((n, n, 1)), (apart == 1).astype(float)
-    scores = np.einsum("ir,jr,ijr->ij", x @ head.query, x @ head.key, turned * np.ones(head.query.shape[1]))
+    scores = np.einsum("ir,jr,ijr->ij", to_query @ head.query, to_key @ head.key, turned * np.ones(head.query.shape[1]))
     scores = np.where(apart >= 0, scores + head.shift * previous, -np.inf)
     weight = np.exp(scores - scores.max(-1, keepdims=True))
     return weight / weight.sum(-1, keepdims=True)
@@ -164,7 +165,7 @@ def run(
     for layer, (heads, mlp) in enumerate(zip(wiring.heads, wiring.mlps, strict=True)):
         match, _ = slots(heads, GROUP[wiring.family])
         attention = [
-            gated(f"L{layer}.h{h}", _pattern(wiring, head, x, match[h]) @ x @ head.read @ head.write)
+            gated(f"L{layer}.h{h}", pattern_of(wiring, head, x, x, match[h]) @ x @ head.read @ head.write)
             for h, head in enumerate(heads)
         ]
         x = x + sum(attention)

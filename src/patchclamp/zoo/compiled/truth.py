@@ -130,16 +130,16 @@ def run(
     fallback = fallback or {}
 
     def into(target: str) -> Float[Array, "row position width"]:
-        total = sum(writes.values())
-        return total + sum(fallback[source] - writes[source] for source, to in closed if to == target)
+        carried = [fallback[source] - writes[source] for source, to in closed if to == target]
+        return np.sum([*writes.values(), *carried], axis=0)
 
     count = max(map(len, blueprint.heads))
     for layer, (heads, mlp) in enumerate(zip(blueprint.heads, blueprint.mlps, strict=True)):
         made = dict[str, Array]()
         for number in range(count):
-            slots = [into(f"L{layer}.{slot}") for slot in (f"h{number}.q", f"kv{number}.k", f"kv{number}.v")]
-            label = f"L{layer}.h{number}"
-            made[label] = _attention(heads[number], *slots, blueprint.program.causal) if number < len(heads) else 0 * slots[0]
+            query, key, value = (into(f"L{layer}.{slot}") for slot in (f"h{number}.q", f"kv{number}.k", f"kv{number}.v"))
+            causal, silent = blueprint.program.causal, number >= len(heads)
+            made[f"L{layer}.h{number}"] = 0 * query if silent else _attention(heads[number], query, key, value, causal)
         writes |= made
         writes[f"L{layer}.mlp"] = np.maximum(into(f"L{layer}.mlp") @ mlp.read, 0) @ mlp.write
     return Run(into("logits") @ blueprint.unembed, writes)
