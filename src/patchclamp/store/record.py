@@ -206,11 +206,11 @@ class Relations:
         repair: what later parts' direct effects do when a part closes: a (closed), b, score (compensation), low, high, q.
         families: examples with mechanisms of their own, a row per family: family, n, feature, auroc, on, off, examples, top (its largest
             effects); `about.families` says why there are so many.
+        about: fallbacks, metric, n, how many parts were looked at of how many, modularity with its null, and the like.
         shapley: a row per part, where it was asked for: site, score (its Shapley value among these parts) with low, high, sampling (its
             standard error from permutations alone); `pairs` then has a column `shapley`, the interaction index.
         screened: pairs among all parts that random masks point to, measured exactly: a, b, score, low, high, q, by_masks;
             `about.missed` says in words what was missed at most.
-        about: fallbacks, metric, n, how many parts were looked at of how many, modularity with its null, and the like.
     """
 
     pairs: pl.DataFrame
@@ -218,9 +218,9 @@ class Relations:
     changed: pl.DataFrame
     repair: pl.DataFrame | None = None
     families: pl.DataFrame | None = None
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     shapley: pl.DataFrame | None = None
     screened: pl.DataFrame | None = None
-    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
