@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import CONFIGS, tiny
+from cases import CONFIGS, model_of, tiny
 from patchclamp.errors import FamilyError, GateError
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
@@ -53,9 +53,15 @@ def settings(parts: Gated) -> Tensor:
     return gates
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+def test_without_a_norm_nothing_is_held() -> None:
+    parts, batch = nodes(model_of("normless")), examples(3, lengths=(7, 5)).batch()
+    rule, gates = parts.fallback("resample"), settings(parts)
+    torch.testing.assert_close(parts.frozen_norm().measure(batch, gates, rule), parts.measure(batch, gates, rule))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "normless"])
 def test_a_held_scale_is_the_own_runs(name: str) -> None:
-    parts, batch = nodes(Model.load(tiny(name))), examples(3, lengths=(7, 5)).batch()
+    parts, batch = nodes(model_of(name)), examples(3, lengths=(7, 5)).batch()
     rule, gates = parts.fallback("resample"), settings(parts)
     logits = by_hand(parts, batch, gates, rule)
     frozen = parts.frozen_norm()
