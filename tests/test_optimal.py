@@ -17,7 +17,7 @@ from test_parts import examples
 KL = METRICS["kl"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma2", marks=pytest.mark.long)])
 def test_less_is_lost_than_with_means(name: str):
     """On prompts that nothing was learned on: of a circuit that it was learned for, by a tenth at least."""
     model = Model.load(tiny(name))

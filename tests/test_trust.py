@@ -182,11 +182,11 @@ def test_both_p_values_hold_their_level():
         sign = np.where(rng.uniform(size=60) < 0.6, 1.0, -1.0)  # at the edge of both nulls
         differ, same = equivalence(model, model + sign, groups, 0.1, 0.05)
         rejected.update({"differ": differ.rejected, "same": same.rejected})
-        if number < 60:
+        if number < 25:
             rejected.update({"alone": independence(model, rng.normal(size=60), groups, 0.05, number).rejected})
             rejected.update({"bound": independence(model, model**2 + 0.1 * rng.normal(size=60), groups, 0.05, number).rejected})
     assert rejected["differ"] <= 400 * 0.05 + 13 and rejected["same"] <= 400 * 0.05 + 13
-    assert rejected["alone"] <= 60 * 0.05 + 5.1 and rejected["bound"] >= 55
+    assert rejected["alone"] <= 25 * 0.05 + 3.3 and rejected["bound"] >= 23
 
 
 def test_hypotheses_refuse_what_cannot_be_tested(induction: tuple[Wired, Nodes]):
