@@ -7,11 +7,15 @@ above the loaded model. Limits: 6 F and 500 MB. Of the slopes, edges into some r
 
 With --exact, a random sample of edges is closed one by one, from where each first differs from the model itself, and in whole runs.
 
+With --task, all edges of the shipped model are closed one by one on that task instead, and first-order methods compared with them.
+
+    python benchmarks/edges.py --task ioi [--prompts 16]
     python benchmarks/edges.py [--shape gpt2|llama|gemma2] [--batch 8] [--length 32] [--repeats 5] [--exact 64]
 """
 
 import argparse
 import statistics
+import time
 from typing import Any
 
 import torch
@@ -19,10 +23,11 @@ from gradient import live, peak, plain, seconds, spread
 from replay import SHAPES, VOCABULARY, VOCABULARY_OF_GPT2, examples
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from patchclamp.methods import effects
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
 from patchclamp.parts import Edges, edges
-from patchclamp.tasks import Examples
+from patchclamp.tasks import Examples, load_task
 
 METRIC = METRICS["logit_diff"]
 KINDS: dict[str, Any] = {
@@ -93,6 +98,35 @@ def exact(parts: Edges, made: Examples, count: int, repeats: int) -> None:
           f"that; whole runs differ by {apart:.1e}", flush=True)  # fmt: skip
 
 
+def shipped(task: str, prompts: int) -> None:
+    """All edges of zoo/small on a task: exact, with its time; how far gradient and integrated agree with that."""
+    model = Model.load("zoo/small")
+    made, parts = load_task(task).examples(model.tokenizer, prompts, seed=0), edges(model)
+    rule, count = parts.fallback("resample"), len(parts.labels)
+    start, used = time.perf_counter(), time.process_time()
+    truth = effects(parts, made, rule, "exact").mean(1)
+    wall, cpu = time.perf_counter() - start, time.process_time() - used
+    batch = made.batch()
+    replay = parts.replay(batch, rule, METRIC)
+    for some in torch.arange(count).split(512):
+        gates = parts.open(len(some))
+        gates[torch.arange(len(some)), ..., some] = 0
+        replay.measure(gates)
+    naive = (count + 1) * model.layers
+    print(f"zoo/small on {task}, {prompts} prompts of {batch.tokens.shape[1]} tokens: all {count} edges in {wall:.1f} s ({cpu:.1f} s of "
+          f"processors); {replay.blocks} blocks run, naive {naive} ({naive / replay.blocks:.2f} times as many)", flush=True)  # fmt: skip
+    top = set(truth.abs().topk(20).indices.tolist())
+    for method in ("gradient", "integrated"):
+        start = time.process_time()
+        found = effects(parts, made, rule, method).mean(1)
+        used = time.process_time() - start
+        both = torch.stack([truth.double(), found.double()])
+        ranks = both.argsort(1).argsort(1).double()
+        print(f"  {method}: Pearson {float(torch.corrcoef(both)[0, 1]):.3f}, Spearman {float(torch.corrcoef(ranks)[0, 1]):.3f}, relative "
+              f"L2 {float((found - truth).norm() / truth.norm()):.3f}, {len(top & set(found.abs().topk(20).indices.tolist()))} of the "
+              f"top 20; {used:.1f} s of processors", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(KINDS), default="gpt2")
@@ -102,8 +136,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--exact", type=int, default=0)
+    parser.add_argument("--task")
+    parser.add_argument("--prompts", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.task is not None:
+        shipped(options.task, options.prompts)
+        return
     torch.manual_seed(0)
     hf = KINDS[options.shape]().eval()
     hf.config._attn_implementation = options.attention
