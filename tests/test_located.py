@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from patchclamp.errors import PatchclampError
+from cases import tiny
+from patchclamp.errors import PatchclampError, SiteError
 from patchclamp.models.model import Model
 from patchclamp.study import Plan, load, map
 from patchclamp.study.cost import cost
+from patchclamp.study.located import parts_of
 from patchclamp.zoo import wired
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -98,3 +100,8 @@ def test_what_cannot_be_asked_of_edges_is_refused(cli: Cli, saved: Path, tmp_pat
         code, _, err = cli(*words, *out)
         assert code == 2 and told in err, (words, err)
         assert not (tmp_path / "run").exists()
+
+
+def test_parts_that_a_family_does_not_have_one_by_one_are_refused_by_name():
+    with pytest.raises(SiteError, match=r"L\*\.mlp\.n\*"):  # fused experts
+        parts_of(Plan(parts="neurons"), Model.load(tiny("mixtral")))

@@ -39,7 +39,8 @@ class Missed:
         sampled: parts drawn at random among those that the screen left out (n).
         largest: the largest |effect| among these.
         count: at most so many of those left have a larger one (M).
-        size: no |effect| of those left is larger than this (B); infinite where nothing was sampled.
+        size: no |effect| of those left is larger than this (B); infinite where nothing was sampled, or where the tail is so heavy
+            (index above 1) that even a mean of errors would not settle.
         confidence: of each statement by itself.
         tail: xi, at its upper end.
         slope: what the screen is multiplied by: the median of effect / screen, weighted by |screen|.
@@ -57,10 +58,14 @@ class Missed:
     def __str__(self) -> str:
         if not self.left:
             return "every part's effect was measured: nothing can have been missed"
+        size = (
+            f"none is larger than {self.size:.3g}, if the screen's errors are relative with the tail that these show (index {self.tail:.2f})"
+            if np.isfinite(self.size)
+            else f"how large they are is not bounded: the tail of the screen's errors is too heavy for that (index {self.tail:.2f})"
+        )
         return (
             f"at {self.confidence:.1%} confidence at most {self.count} of the {self.left} parts left out have a larger effect than "
-            f"{self.largest:.3g}, the largest of {self.sampled} drawn at random; and none is larger than {self.size:.3g}, if the "
-            f"screen's errors are relative with the tail that these show (index {self.tail:.2f})"
+            f"{self.largest:.3g}, the largest of {self.sampled} drawn at random; {size}"
         )
 
 
@@ -138,6 +143,8 @@ def _largest(centres: np.ndarray, scales: np.ndarray, share: float, start: float
         far = (bound - centres) / (start * scales)  # below 1 the tail says nothing but that its share is the most
         return float(np.where(far <= 1, 1.0, share * np.maximum(far, 1.0) ** (-1 / tail)).sum())
 
+    if tail > 1:
+        return float("inf")
     low = float((centres + start * scales).max())
     high = low
     while exceeded(high) > alpha:

@@ -35,7 +35,7 @@ MATERIAL = 0.01
 Stopped = Literal["bounded", "everything", "budget"]
 FREE = 64
 """So many parts are verified whatever share of all they are: few parts are verified all."""
-SHARE, FEWEST, MOST = 50, 32, 256
+SHARE, FEWEST, MOST = 20, 32, 512
 """One part in so many is drawn at random, so many at least and so many at most; as many of largest score are verified first."""
 
 
@@ -97,7 +97,7 @@ def screened(
         top: k: how many of the largest effects are to be found for certain.
         budget: share of all parts that are verified at most; 64 are in any case.
         confidence: that nothing larger was missed, over all looks together.
-        sample: parts drawn at random; by default one in 50, from 32 to 256.
+        sample: parts drawn at random; by default one in 20, from 32 to 512.
         metric: by default the task's.
         direction: noising or denoising, as `attribute` has them.
         batch_size: examples at once.
