@@ -7,12 +7,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from patchclamp import zoo
 from patchclamp.errors import ModelError, TaskError
 from patchclamp.models.doctor import examine
 from patchclamp.models.model import Model
-from patchclamp.tasks import load_task
+from patchclamp.tasks import Pair, load_task
 from patchclamp.zoo.compiled import Compiled, build
 from patchclamp.zoo.compiled.truth import run
 from patchclamp.zoo.compiled.weights import SCALE
@@ -94,6 +95,12 @@ def test_the_three_truths_are_nested_and_as_many_as_published(one: Compiled) -> 
     assert tuple(map(len, (truth.edges, truth.structural, truth.zero, truth.resample))) == COUNTS[one.program.name]
 
 
+def test_what_ships_is_what_is_compiled(one: Compiled) -> None:
+    state = load_file(zoo.path(one.program.name) / "model.safetensors")
+    assert state.keys() == one.hf.state_dict().keys()
+    assert all(torch.equal(value.double(), one.hf.state_dict()[key]) for key, value in state.items())
+
+
 def test_canonical_sets() -> None:
     """Those that Miller et al. (2407.08734) name for Tracr's models, in this grammar of edges."""
     reverse, share = build("reverse").truth, build("xproportion").truth
@@ -117,6 +124,31 @@ def test_shipped_folders_hold_what_is_compiled(name: str) -> None:
     examples = load_task(f"zoo/{name}").examples(loaded.tokenizer, 16)
     values = loaded.run(examples.batch())[examples.batch().target_row, examples.batch().target_position]
     assert (values.argmax(-1) == examples.batch().answers[:, 0]).all()
+
+
+def test_answers_are_read_where_the_pair_says(one: Compiled) -> None:
+    """A target per span that is read, right and wrong as the plain program has them on the clean and the corrupt input."""
+    if one.program.output.numerical:
+        return  # `value` against `nothing` everywhere
+    examples = one.task.examples(one.tokenizer, 4)
+    batch = examples.batch()
+    assert len(batch.target_row) == sum(len(example.read) for example in examples)
+    for row, column, right, wrong in zip(
+        batch.target_row, batch.target_position, batch.answers[:, 0], batch.wrong[:, 0], strict=True
+    ):
+        example = examples[int(row)]
+        at = int(column) - (batch.tokens.shape[1] - len(example.clean))
+        for text, token in ((example.pair.clean, right), (example.pair.corrupt, wrong)):
+            value = PLAIN[one.program.name](tuple(str(text).split()), at - 1)
+            assert one.blueprint.vocabulary[int(token)] == ("nothing" if value is None else str(value).lower())
+
+
+def test_spans_that_are_read_are_checked() -> None:
+    with pytest.raises(TaskError, match="'read' names 'p2'"):
+        Pair("a b", [" a"], "b a", [" b"], {"p0": (0, 1)}, read=["p2"])
+    with pytest.raises(TaskError, match="1 spans are read, and 2 are given as 'answer'"):
+        Pair("a b", [" a", " b"], "b a", [" b"], {"p0": (0, 1)}, read=["p0"])
+    assert not Pair("a b", [" a"], "b a", [" b"], {"p0": (0, 1)}, read=["p0"]).invertible
 
 
 def test_unknown_programs_are_refused() -> None:
