@@ -23,11 +23,11 @@ from patchclamp.models.scope import OPEN
 from patchclamp.models.standing import Start
 from patchclamp.models.tree import Pattern
 from patchclamp.parts import Edges, Fallback, Gated, gated
+from patchclamp.parts.edge_ends import comes_before, destinations_of, sources_of
 from patchclamp.parts.edge_gates import level_of
 from patchclamp.parts.edge_reading import Changed, Desk, Streams, User, reading, reads_at
 from patchclamp.parts.edge_runs import at_once, ground_of, measured, replays_pay
 from patchclamp.parts.edge_sources import Sources, place_of
-from patchclamp.parts.edges import comes_before, destinations_of, sources_of
 from patchclamp.scores import Scores
 from patchclamp.sites import Edge, Site, select
 from patchclamp.tasks import Examples

@@ -18,15 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchclamp.errors import FamilyError, GateError
+from patchclamp.errors import GateError
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.editing import Edits
 from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.models.scope import OPEN
 from patchclamp.models.standing import Start
+from patchclamp.parts.edge_ends import at_positions, comes_before, destinations_of, sources_of
 from patchclamp.parts.edge_gates import KEYS, Known, Readers, closed, patterns_of, readers_of
-from patchclamp.parts.edge_reading import Desk, reading, reads_at
+from patchclamp.parts.edge_reading import Desk, reading
 from patchclamp.parts.edge_runs import Ground, at_once, first_block, ground_of, measured, replays_pay
 from patchclamp.parts.edge_slopes import Asked, open_slopes
 from patchclamp.parts.edge_sources import Sources, place_of
@@ -75,40 +76,8 @@ def edges(
         raise GateError(
             f"no edge leads from {', '.join(map(str, here))} to {', '.join(map(str, there))}: nothing there comes before it"
         )
-    each = [at for edge in found for at in _at_positions(edge, positions)] if positions else found
+    each = [at for edge in found for at in at_positions(edge, positions)] if positions else found
     return Edges(model, sorted(each), memory)
-
-
-def _at_positions(edge: Edge, positions: Sequence[int | str]) -> list[Edge]:
-    """An edge at every position; into keys and values, from every position as every position reads it."""
-    both = edge.target.kind in KEYS
-    pairs = [(here, there) for here in positions for there in (positions if both else (here,))]
-    return [Edge(edge.source.at(here), edge.target.at(there)) for here, there in pairs]
-
-
-def sources_of(model: Model) -> tuple[Site, ...]:
-    """All that writes to the residual stream: the embedding, heads, MLPs."""
-    found = [Site("embed")]
-    for layer, sizes in enumerate(model.anatomy.sizes):
-        found += [Site("head", layer, head) for head in range(sizes.heads)] + [Site("mlp", layer)]
-    return tuple(found)
-
-
-def destinations_of(model: Model) -> tuple[Site, ...]:
-    """All that reads the residual stream: queries, keys and values by head, MLPs, the logits.
-
-    Raises:
-        FamilyError: two blocks are one module, so that it cannot be said which of them reads.
-    """
-    if len({id(layer.block) for layer in model.anatomy.layers}) < model.layers:
-        raise FamilyError(f"{model.name}: blocks share one module, and edges into it would be edges into each of them")
-    kinds = ("q", "k", "v")
-    return (*(s for s in model.sites if (s.kind in kinds and s.index is not None) or s.kind == "mlp"), Site("logits"))
-
-
-def comes_before(model: Model, source: Site, target: Site) -> bool:
-    """Whether the stream that `target` reads holds what `source` writes."""
-    return place_of(model.anatomy, source).key[:2] < reads_at(model.anatomy, target).key[:2]
 
 
 @dataclass(frozen=True, eq=False)
