@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from cases import tiny
+from patchclamp.edits import Add
 from patchclamp.errors import GateError
-from patchclamp.methods import attribute, conductance, effects, inputs, method_names, passes_of, segments
+from patchclamp.methods import attribute, conductance, effects, inputs, method_named, method_names, passes_of, segments
 from patchclamp.metrics import METRICS
 from patchclamp.models.model import Model
 from patchclamp.parts import Nodes, edges, gated, nodes
+from patchclamp.sites import Site
+from patchclamp.zoo import wired
 from test_parts import examples
 
 DIFF = METRICS["logit_diff"]
@@ -164,3 +167,71 @@ def test_every_method_says_what_it_costs_and_the_help_names_it(cli: Callable[...
     assert tuple(METHODS) == method_names()
     code, out, _ = cli("attribute", "--help")
     assert code == 0 and all(name in out for name in method_names())
+
+
+@pytest.fixture(scope="module")
+def straight() -> Model:
+    """A model that is linear in its stream: no norms, identity for an activation, attention by constant queries."""
+    hf = tiny("gpt2", dtype=torch.float64)
+    with torch.no_grad():
+        for block in hf.transformer.h:
+            block.ln_1, block.ln_2, block.mlp.act = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+            block.attn.c_attn.weight[:, :64] = 0  # queries and keys are their biases
+        hf.transformer.ln_f = torch.nn.Identity()
+    return Model.load(hf)
+
+
+def test_in_a_linear_model_slopes_are_exact_and_effects_add_up(straight: Model):
+    batch = examples(2).batch()
+    for parts, names in (
+        (nodes(straight), ("gradient", "inputs", "conductance", "segments", "corrected")),
+        (edges(straight, destinations=["L1.h0.*", "L1.kv0.*", "L1.mlp"]), ("gradient", "inputs", "conductance")),
+    ):
+        fallback = parts.fallback("resample")
+        exact = method_named("exact")(parts, batch, fallback, DIFF, 0).double()
+        assert float(exact.abs().max()) > 0.01
+        for name in names:
+            found = method_named(name)(parts, batch, fallback, DIFF, 0).double()
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    parts = edges(straight, destinations=["L1.mlp"])  # two edges into one destination
+    fallback, gates = parts.fallback("resample"), parts.open(3)
+    gates[0, ..., [0, 1]] = 0
+    gates[1, ..., 0] = 0
+    gates[2, ..., 1] = 0
+    values = parts.measure(batch, gates, fallback, DIFF)
+    opened = parts.measure(batch, parts.open(), fallback, DIFF)
+    torch.testing.assert_close(opened - values[:1], 2 * opened - values[1:2] - values[2:], rtol=0, atol=1e-9)
+
+
+def test_idle_parts_of_a_wired_model_score_nothing():
+    model = wired("induction", "gpt2")
+    parts = nodes(Model.load(model.hf, tokenizer=model.tokenizer))
+    some, fallback = model.task.examples(model.tokenizer, 4, seed=4), parts.fallback("resample")
+    idle = {site for site, role in model.truth.roles.items() if role == "irrelevant"}
+    works = {site for site, role in model.truth.roles.items() if role == "facilitating"}
+    assert idle and works
+    for name in sorted(
+        {*method_names()} - {"random", "alone", "segments"}
+    ):  # these two follow the exact effects by their own gap
+        scores = attribute(parts, some, fallback, name)
+        size = dict(zip(map(str, scores.sites), abs(scores.values()), strict=True))
+        assert max(size[site] for site in idle) <= 1e-3 * max(size.values()), name
+
+
+def test_a_means_fallback_is_each_nodes_own():
+    """A peer averages over nodes, so that every node gets the same mean: all its scores under a mean are wrong."""
+    model = Model.load(tiny("gpt2", dtype=torch.float64))
+    parts, fit, some = nodes(model), examples(4, seed=1), examples(2)
+    fallback = parts.fallback("mean:all", fit=fit)
+    whole = fit.batch()
+    for row, number in enumerate(parts.counted):
+        label = parts.labels[number]
+        site = Site("z", label.layer, label.index) if label.kind == "head" else Site("mlp.write", label.layer)
+        values = torch.cat([model.record(one, [site])[site] for one in (whole, whole.swapped())])
+        batch = some.batch()
+        leaf = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        own = model.record(batch, [site])[site]
+        moved = {site: Add(leaf * (own - values.mean((0, 1))))}
+        (wanted,) = torch.autograd.grad(DIFF(model.target_logits(batch, moved), batch).sum(), leaf)
+        found = method_named("gradient")(parts, batch, fallback, DIFF, 0)[row].sum()
+        assert float(found) == pytest.approx(float(wanted), rel=1e-5, abs=1e-6), label

@@ -49,6 +49,9 @@ def test_methods_stand_beside_the_exact_effects(gpt2: Nodes):
     assert rows["importance"]["pearson"] == pytest.approx(
         np.corrcoef(effects(gpt2, some, fallback, "importance").double().mean(1).numpy(), np.abs(exact))[0, 1]
     )
+    refused = compare(gpt2, some, fallback, ["deeplift", "gradient"], metric="nll")
+    assert refused["pearson"].is_null().to_list() == [False, True, False]
+    assert "linear in the logits" in refused["refused"][1] and refused["refused"].null_count() == 2
     with pytest.raises(PatchclampError, match="top 11"):
         compare(gpt2, some, fallback, ["gradient"], top=11)
 

@@ -13,6 +13,11 @@ from patchclamp.metrics import Metric
 from patchclamp.parts import Fallback, Parts
 from patchclamp.tasks import Examples
 
+COLUMNS = {
+    "method": pl.String, "pearson": pl.Float64, "spearman": pl.Float64, "relative_l2": pl.Float64, "overlap": pl.Float64,
+    "wrong_signs": pl.Int64, "forward": pl.Int64, "backward": pl.Int64, "refused": pl.String,
+}  # fmt: skip
+
 
 def compare(
     parts: Parts,
@@ -42,7 +47,8 @@ def compare(
     Returns:
         A row per method: `pearson`, `spearman` (empty where a side is constant), `relative_l2` = |score - exact| / |exact|,
         `overlap` (share of the `top` largest |exact| among the method's `top`), `wrong_signs` among those parts, and `forward` and
-        `backward`, the passes over a batch that the method says it takes. A method without signs is compared with |exact|.
+        `backward`, the passes over a batch that the method says it takes. A method without signs is compared with |exact|. One that
+        does not fit the metric, the fallback or the model has an empty row, and why in `refused`.
 
     Cost: that of exact and of each method.
 
@@ -58,12 +64,16 @@ def compare(
         raise NumericsError(
             "every exact effect is zero, so no method can be compared with it: do clean and corrupt prompts differ?"
         )
-    rows = [{"method": "exact"} | against(exact, exact, top) | _cost("exact", parts)]
+    rows: list[dict[str, str | float | int | None]] = [{"method": "exact"} | against(exact, exact, top) | _cost("exact", parts)]
     for name in names:
-        table = effects(parts, examples, fallback, name, metric=metric, direction=direction, batch_size=batch_size, seed=seed)
+        try:
+            table = effects(parts, examples, fallback, name, metric=metric, direction=direction, batch_size=batch_size, seed=seed)
+        except PatchclampError as error:
+            rows.append({"method": name, "refused": str(error)})
+            continue
         true = exact if signed(name) else np.abs(exact)
         rows.append({"method": name} | against(table.double().mean(1).numpy(), true, top) | _cost(name, parts))
-    return pl.DataFrame(rows)
+    return pl.DataFrame(rows, schema=COLUMNS)
 
 
 def signed(name: str) -> bool:
