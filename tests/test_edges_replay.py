@@ -41,7 +41,7 @@ def replayed_as_whole(name: str) -> None:
         found = parts.measure(batch, gates, rule, METRICS[metric])
         whole = parts.whole().measure(batch, gates, rule, METRICS[metric])
         torch.testing.assert_close(found, whole, rtol=0, atol=5e-6)  # the same sums in another order, float32
-        assert float((whole - whole[-1]).abs().median()) > 1e-4
+        assert float((whole - whole[-1]).abs().median()) > 2e-5  # cohere scales its logits down
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "phi", "qwen3_moe", "opt"])
