@@ -6,6 +6,7 @@ share one, an edge into its key is an edge into the scores of both.
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
 from jaxtyping import Float
 
 from patchclamp.tasks import Example, Examples

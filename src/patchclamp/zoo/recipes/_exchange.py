@@ -35,7 +35,8 @@ def forward(
             for module in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         own = ((q @ k.mT).softmax(-1) @ v).unbind(1)
-        heads = {f"L{number}.h{head}": patch.get(f"L{number}.h{head}", z) for head, z in enumerate(own)}
+        named: dict[str, Tensor] = {f"L{number}.h{head}": z for head, z in enumerate(own)}
+        heads = {part: patch[part] if part in patch else z for part, z in named.items()}  # noqa: SIM401 (get's type has None)
         x = x + attention.o_proj(torch.cat(list(heads.values()), -1))
         mlp = f"L{number}.mlp"
         gives |= {**heads, mlp: patch[mlp] if mlp in patch else block.mlp(x)}
