@@ -29,7 +29,9 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
                    f"most frequent answer {base.majority:.0%}"))  # fmt: skip
     if "exact" in record.scores.columns:
         _parts(record.scores, record.fallbacks, base.metric)
-    if record.localisation is not None and record.localisation.scores.height:
+    if record.localisation is not None and record.localisation.areas.height:
+        _methods(record.localisation)
+    elif record.localisation is not None and record.localisation.scores.height:
         _located(record.localisation)
     if record.circuit is not None:
         names = " ".join(str(site) for site in record.circuit)
@@ -67,6 +69,36 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
         claims.add_row(Text(claim.verdict, style=STYLES[claim.verdict]), sentence)
     out.print(claims)
     out.print(Text.assemble(("Report ", "bold"), str(report)), soft_wrap=True)  # a path in one piece can be clicked
+
+
+def _methods(found: Localisation) -> None:
+    """A row per method: how its circuits do on unseen prompts, and how far it agrees with exact effects."""
+    fits = {row["b"]: row for row in found.agreement.filter(pl.col("a") == "exact").iter_rows(named=True)}
+    rows: list[dict[str, object]] = []
+    for method in found.about["methods"]:
+        row: dict[str, object] = {"method": method}
+        for name in ("CPR", "CMD", "log_area"):
+            area = found.areas.filter((pl.col("method") == method) & (pl.col("name") == name)).row(0, named=True)
+            row[name.replace("_", " ")] = f"{area['value']:.3f} ±{(area['high'] - area['low']) / 2:.3f}"
+        fit = fits.get(method, {})
+        row |= {"exact": _number(fit.get("spearman")), "tenth": "" if fit.get("top") is None else f"{fit['top']:.0%}"}
+        rows.append(row)
+    out.print()
+    out.print(
+        Text(
+            f"{found.about['of']} {found.about['parts']} in the order of each method, on {found.about['judged']} prompts that chose nothing: area under "
+            "faithfulness (CPR, more is better), between it and 1 (CMD, less is better), over log size; with 95 % intervals. Rank "
+            "correlation with exact effects, and what both put into their first tenth",
+            style="italic",
+        )
+    )
+    print_rows(rows)
+    if found.about.get("verified"):
+        out.print(Text(str(found.about["verified"]), style="dim"))
+    if found.circuit is not None:
+        out.print(Text.assemble(("Circuit ", "bold"), f"by {found.about['best']} ({len(found.circuit)} of {found.about['of']}): ",
+                                " ".join(map(str, list(found.circuit)[:40])), " ..." if len(found.circuit) > 40 else ""))  # fmt: skip
+    out.print()
 
 
 def _located(found: Localisation) -> None:

@@ -170,10 +170,11 @@ class Gated(Labelled):
         return dict(recorder.kept)
 
     def fallback(self, kind: str, fit: Examples | None = None, other: Model | None = None) -> Fallback:
-        """The rule called `kind`: resample, mean (learned on `fit`), zero, or model (the values of `other` on the same prompt).
+        """The rule called `kind`: resample, mean or optimal (learned on `fit`), zero, or model (the values of `other` on the
+        same prompt).
 
         Raises:
-            GateError: no such rule, mean without a fit set, or another model that is not given or not of this anatomy.
+            GateError: no such rule, mean or optimal without a fit set, or another model that is not given or not of this anatomy.
         """
         return rule(self, kind, fit, other)
 
