@@ -8,10 +8,12 @@ from patchclamp.scores import Agreement, Scores
 from patchclamp.scores.statistics import Interval
 from patchclamp.sites import Site
 from patchclamp.store.record import (
+    Alternatives,
     Baseline,
     Claim,
     Contrasts,
     Dynamics,
+    KeptSets,
     Localisation,
     ModelInfo,
     Null,
@@ -92,6 +94,8 @@ def fake_record(hostile: str = "") -> Record:
         dynamics=dynamics(hostile),
         contrast=contrast(),
         localisation=localisation(hostile),
+        sets=sets(),
+        alternatives=alternatives(),
         warnings=("Answers of 14 pairs take two tokens: these pairs were dropped.",),
     )  # fmt: skip
 
@@ -252,7 +256,17 @@ def relations(random: np.random.Generator) -> Relations:
     about = {"of": 45, "n": 120, "fallback": "resample", "second": "mean", "communities": 3, "modularity": 0.31,
              "modularity_null": 0.18, "modularity_p": 0.004, "families": "2 families: silhouette 0.41, 0.12 permuted (p = 0.01)",
              "hubs": {"parts": ["L3.h6"], "effect": 2.3, "random_mean": 0.2, "p": 0.01}}  # fmt: skip
-    return Relations(pl.DataFrame(rows), parts, changed, repair, families, about)
+    shapley = pl.DataFrame(
+        {"site": ["L3.h6", "L4.h6"], "score": [2.1, -1.1], "low": [1.9, -1.3], "high": [2.3, -0.9], "sampling": [0.05, 0.04]}
+    )
+    screened = pl.DataFrame(
+        {"a": ["L2.h2"], "b": ["L2.h7"], "score": [-0.9], "low": [-1.0], "high": [-0.8], "q": [0.001], "by_masks": [-0.7]}
+    )
+    about |= {
+        "sampling": "24 permutations of 12 parts",
+        "missed": "of 978 pairs not verified, at most 1.0% (10) have |I| >= 0.45",
+    }
+    return Relations(pl.DataFrame(rows), parts, changed, repair, families, about, shapley=shapley, screened=screened)
 
 
 def dynamics(hostile: str) -> Dynamics:
@@ -318,3 +332,23 @@ def localisation(hostile: str) -> Localisation:
     about = {"parts": "edges", "of": 1000, "methods": ["exact", "integrated", "gradient"], "n": 60, "judged": 60, "metric": "logit_diff",
              "fallback": "resample"}  # fmt: skip
     return Localisation(scores, agreement, curves, areas, Circuit(edges[:9], {"group": 1}), flow, marked(hostile), about)
+
+
+def sets() -> KeptSets:
+    """Sets of eight parts, by gates, by order and at random."""
+    rows = [("exactly k", 8.0, 0, 8, "L0.mlp L3.h6", 0.9, 0.85, 0.95), ("exact effect", 8.0, 0, 8, "L0.mlp L3.h6", 0.88, 0.8, 0.93),
+            ("random", 8.0, 0, 8, "L1.h1", 0.1, 0.0, 0.2), ("random", 8.0, 1, 8, "L1.h2", 0.2, 0.1, 0.3)]  # fmt: skip
+    table = pl.DataFrame(rows, schema=["method", "knob", "seed", "size", "kept", "share", "low", "high"], orient="row")
+    return KeptSets(table, {"n": 60, "metric": "logit_diff", "fallback": "resample"})
+
+
+def alternatives() -> Alternatives:
+    """Two sets that suffice; L2.h2 and L2.h7 take each other's place."""
+    rows = [(0, "L0.mlp L2.h2", 2, 3, 0.9, 0.85, 0.95, True), (1, "L0.mlp L2.h7", 2, 1, 0.89, 0.84, 0.94, True)]
+    table = pl.DataFrame(rows, schema=["solution", "kept", "size", "seeds", "share", "low", "high", "sufficient"], orient="row")
+    pairs = pl.DataFrame(
+        {"a": ["L2.h2"], "b": ["L2.h7"], "alone_a": [0.01], "alone_b": [0.02], "joint": [1.4], "substitutes": [True]}
+    )
+    return Alternatives(
+        table, pairs, ("L0.mlp",), ("L0.mlp", "L2.h2", "L2.h7"), {"wanted": 0.8, "distinct": 2, "n": 60, "seeds": 4}
+    )

@@ -159,7 +159,7 @@ def test_signs_follow_the_benefit(gpt2: Nodes):
 def test_a_slope_that_is_zero_by_definition_is_refused(gpt2: Nodes):
     with pytest.raises(MetricError, match="identically zero"):
         attribute(gpt2, examples(2), gpt2.fallback("resample"), "gradient", metric="kl")
-    with pytest.raises(MetricError, match="choose from alone, .*exact, .*gradient, .*random"):
+    with pytest.raises(MetricError, match=r"choose from alone, .*exact, .*gradient, .*random"):
         attribute(gpt2, examples(2), gpt2.fallback("resample"), "gradients")
 
 

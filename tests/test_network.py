@@ -177,7 +177,7 @@ def test_random_sets_are_drawn_from_those_that_the_set_was_chosen_from():
     found = lesion(parts, some, parts.fallback("zero"), ["L0.h1"], draws=39, among=heads)
     truth = [one.truth.effects["zero"][head] for head in heads]
     assert found.about["among"] == 3 and set(np.round(found.random, 3)) <= set(np.round(truth, 3))
-    with pytest.raises(PatchclampError, match="cannot be closed: the parts are L0.h1"):
+    with pytest.raises(PatchclampError, match=r"cannot be closed: the parts are L0.h1"):
         lesion(parts, some, parts.fallback("zero"), ["L0.mlp"], among=heads)
 
 

@@ -22,7 +22,7 @@ from fake_record import PARTS, fake_record
 from patchclamp.circuit import Circuit
 from patchclamp.errors import StoreError
 from patchclamp.report import figures, render, write_report
-from patchclamp.report.panels import number, percent, signed
+from patchclamp.report.panels import _sets, number, percent, signed
 from patchclamp.store import Run
 from patchclamp.store.record import Record
 
@@ -285,3 +285,12 @@ def test_agreement_of_methods_is_symmetric_with_exact_first() -> None:
     cells = {(row["a"], row["b"]): row["value"] for row in rows_of(CHARTS["method_agreement"]())[0]}
     assert cells["exact", "gradient"] == cells["gradient", "exact"] == 0.61 and cells["exact", "exact"] == 1
     assert next(iter(cells)) == ("exact", "exact") and len(cells) == 9
+
+
+def test_sets_and_what_stands_in_for_what_are_told() -> None:
+    words = Page(rendered()).words
+    for told in ("2 distinct sets keep 80\u202f% of the behaviour", "L2.h2 and L2.h7 stand in for each other: closing both costs 1.40 nats",
+                 "24 permutations of 12 parts", "at most 1.0% (10) have |I| >= 0.45"):  # fmt: skip
+        assert told in words
+    random = [row for row in _sets(RECORD) if row["method"] == "random"]
+    assert len(random) == 1 and random[0]["share"] == pytest.approx(0.15)  # the mean of both draws

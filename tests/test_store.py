@@ -258,7 +258,7 @@ def test_every_damaged_file_is_named(tmp_path: Path) -> None:
         run.step("one", lambda: {"x": np.zeros(2), "t": pl.DataFrame({"a": [1]})})
         run.save(fake_record())
     names = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(names) == 27, names
+    assert len(names) == 32, names
     for path in names:
         intact = path.read_bytes()
         flip(path)

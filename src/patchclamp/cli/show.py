@@ -86,9 +86,9 @@ def _methods(found: Localisation) -> None:
     out.print()
     out.print(
         Text(
-            f"{found.about['of']} {found.about['parts']} in the order of each method, on {found.about['judged']} prompts that chose nothing: area under "
-            "faithfulness (CPR, more is better), between it and 1 (CMD, less is better), over log size; with 95 % intervals. Rank "
-            "correlation with exact effects, and what both put into their first tenth",
+            f"{found.about['of']} {found.about['parts']} in the order of each method, on {found.about['judged']} prompts that chose "
+            "nothing: area under faithfulness (CPR, more is better), between it and 1 (CMD, less is better), over log size; with 95 % "
+            "intervals. Rank correlation with exact effects, and what both put into their first tenth",
             style="italic",
         )
     )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    import patchclamp.models.normless  # noqa: F401 (imported, it is known to AutoModelForCausalLM)
+    import_module("patchclamp.models.normless")  # which makes it known to AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ModelError(f"there is no dtype {dtype!r}: give float32, bfloat16, float16 or float64")

@@ -70,6 +70,9 @@ def context(record: Record) -> dict[str, Any]:
         "relation_figures": _relations(record),
         "named": _named(record),
         "switching": _switching(record),
+        "sets": _sets(record),
+        "substitutes": [] if record.alternatives is None else record.alternatives.substitutes.filter("substitutes").to_dicts(),
+        "shapley": _shapley(record),
         "localised": _localised(record),
         "areas": _areas(record),
         "patterns": _patterns(record),
@@ -215,6 +218,21 @@ def _areas(record: Record) -> list[dict[str, Any]]:
     for row in map(clean, record.localisation.areas.to_dicts()):
         rows.setdefault(row["method"], {"method": row["method"]})[row["name"]] = _interval(row, "value", "low", "high")
     return list(rows.values())
+
+
+def _sets(record: Record) -> list[dict[str, Any]]:
+    """Sets of each method and size; of random ones, the mean."""
+    if record.sets is None:
+        return []
+    table = record.sets.table.group_by("method", "knob", "size", maintain_order=True)
+    rows = map(clean, table.agg(pl.col("share").mean(), pl.col("low", "high", "kept").first()).to_dicts())
+    return [{**row, "low": None, "high": None, "kept": "–"} if row["method"] == "random" else row for row in rows]
+
+
+def _shapley(record: Record) -> list[dict[str, Any]]:
+    if record.relations is None or record.relations.shapley is None:
+        return []
+    return [clean(row) for row in record.relations.shapley.sort(pl.col("score").abs(), descending=True).head(12).to_dicts()]
 
 
 def _named(record: Record) -> list[dict[str, Any]]:

@@ -38,9 +38,9 @@ def load_task(
     """The task called `source`.
 
     Args:
-        source: name of a built-in task; `zoo/NAME`, the task of a compiled program; `.jsonl`, `.csv`, `.parquet` or `.txt` file; Python file or dotted name (`name` or
-            `name:attribute`) with `TASK` or `task(**options)`; or rows: a list of mappings, a Hugging Face dataset, a polars
-            or pandas frame.
+        source: name of a built-in task; `zoo/NAME`, the task of a compiled program; `.jsonl`, `.csv`, `.parquet` or `.txt`
+            file; Python file or dotted name (`name` or `name:attribute`) with `TASK` or `task(**options)`; or rows: a list of
+            mappings, a Hugging Face dataset, a polars or pandas frame.
         columns: our name -> name of the column in a file or in rows (`{"clean": "sentence_good"}`).
         bos: None: special tokens as the tokenizer does; True: exactly one BOS; False: none.
         chat: whether text prompts become chats, through the tokenizer's template.
