@@ -16,7 +16,7 @@ METHODS = ("gradient", "inputs", "random")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    known, plan = wired("interfering"), Plan(n=64, fallback="resample", methods=METHODS)
+    known, plan = wired("interfering"), Plan(n=64, fallback="resample", compared=METHODS)
     model = Model.load(known.hf, tokenizer=known.tokenizer)
     with open_run(tmp_path_factory.mktemp("run") / "one", model, known.task, plan) as run:
         return map(model, known.task, plan, run, do=("localise",))
@@ -64,7 +64,7 @@ def test_the_report_has_it_and_a_run_goes_on(found: Study) -> None:
 def test_edges_are_screened_first() -> None:
     known = wired("interfering")
     model = Model.load(known.hf, tokenizer=known.tokenizer)
-    study = map(model, known.task, Plan(n=32, fallback="resample", parts="edges", methods=("gradient",)), do=("localise",))
+    study = map(model, known.task, Plan(n=32, fallback="resample", parts="edges", compared=("gradient",)), do=("localise",))
     local = study.record.localisation
     assert local is not None and local.about["parts"] == "edges" and local.about["of"] == local.scores.height
     assert local.scores["exact"].is_not_null().sum() > 0 and "exact effects measured" in local.about["verified"]
@@ -75,6 +75,6 @@ def test_what_cannot_be_is_said() -> None:
     known = wired("interfering")
     model = Model.load(known.hf, tokenizer=known.tokenizer)
     with pytest.raises(PatchclampError, match="there is no method 'nonsense'"):
-        Plan(methods=("nonsense",))
+        Plan(compared=("nonsense",))
     with pytest.raises(PatchclampError, match="the cost of localise is not counted"):
         cost(model, known.task, Plan(n=32), do=("localise",))

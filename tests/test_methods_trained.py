@@ -31,7 +31,7 @@ def written(task: str) -> dict[str, tuple[float, float]]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == len(TASKS) + 2 and re.match(r"^-?\d*\.\d+ / \d*\.\d+$", cells[column + 1]):
             one, two = cells[column + 1].split(" / ")
-            found[cells[0]] = (float(one), float(two))
+            found.setdefault(cells[0], (float(one), float(two)))  # the first table has them
     return found
 
 

@@ -50,11 +50,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def one_word(folder: Path) -> Path:
+    """In place of a report."""
+    path = Path(folder) / "report.html"
+    path.write_text("drawn")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def short_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs made in this process get a page of one word, but where `whole_reports` is asked for: drawing takes longer than the rest."""
     if "whole_reports" not in request.fixturenames:
-        monkeypatch.setattr("patchclamp.report.write_report", lambda folder: (Path(folder) / "report.html").write_text("drawn"))
+        monkeypatch.setattr("patchclamp.report.write_report", one_word)
 
 
 @pytest.fixture

@@ -249,7 +249,8 @@ def _command(name: str, steps: tuple[str, ...] | None) -> Any:
     ) -> None:  # fmt: skip
         given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction,
                  "routing": routing, "method": method, "parts": parts, "screen": screen,
-                 "methods": None if methods is None else tuple(name.strip() for name in methods.split(",")), "search": search, "threshold": threshold,
+                 "compared": None if methods is None else tuple(name.strip() for name in methods.split(",")),
+                 "search": search, "threshold": threshold,
                  "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
                  "random_circuits": random_circuits, "pairs_of": pairs_of, "dynamic": dynamic, "sight": sight, "contrast": contrast,
                  "keep": tuple(keep) if keep else None, "prices": tuple(price) if price else None,

@@ -163,11 +163,14 @@ def _circuit(found: Found, circuit: Circuit) -> list[Claim]:
     idle = [site for site, (_, below, _) in trusted.minimality.items() if below <= 0]
     # the wanted share was chosen on other prompts: it holds here where the interval does not lie below it
     reached = (faithful.mean if faithful.high is None else faithful.high) >= found.wanted
+    # of a small model there may be fewer than 20 circuits of a shape: then p cannot fall to .05, and to be the best of them must do
+    few = trusted.p > 0.05 and trusted.beats == 1 and random.n >= 20
     return [
         Claim(sufficient, found.scope,
               f"faithfulness {shown(faithful)} on the confirm set; {random.n} random circuits of the same size and shape "
-              f"{shown(random)} (mean and 95 % of draws), {trusted.beats:.0%} of them below (p = {trusted.p:.2g})", refutes[0],
-              _verdict(reached and trusted.p <= 0.05)),
+              f"{shown(random)} (mean and 95 % of draws), {trusted.beats:.0%} of them below (p = {trusted.p:.2g})"
+              + ("; there are too few of that shape for a smaller p" if few else ""), refutes[0],
+              _verdict(reached and (trusted.p <= 0.05 or few))),
         Claim(necessary, found.scope, f"with the circuit closed {shown(trusted.rest)} of the behaviour is left", refutes[1],
               _verdict((trusted.rest.mean if trusted.rest.high is None else trusted.rest.high) < 0.2)),
         Claim(minimal, found.scope,

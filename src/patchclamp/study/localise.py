@@ -88,7 +88,7 @@ def _scores(work: Work, parts: Parts, fallback: Fallback) -> tuple[dict[str, Sco
             progress=work.progress("exact effects of what the screen ranks first"),
         )  # fmt: skip
         found["exact"] = verified.ranking
-    for name in plan.methods or METHODS:
+    for name in plan.compared or METHODS:
         if name == "exact":
             continue
         try:
@@ -107,7 +107,7 @@ def _scores(work: Work, parts: Parts, fallback: Fallback) -> tuple[dict[str, Sco
             work.warnings.append(f"The method {name} was left out: {error}")
     if set(found) <= {"exact", "random"}:
         raise PatchclampError(
-            f"none of the methods {', '.join(plan.methods or METHODS)} is defined here: {'; '.join(work.warnings)}"
+            f"none of the methods {', '.join(plan.compared or METHODS)} is defined here: {'; '.join(work.warnings)}"
         )
     return found, verified
 

@@ -38,7 +38,7 @@ class Plan:
         method: the attribution that `attribute` gives beside exact effects.
         parts: what is asked about: nodes (heads and MLPs), edges or neurons (of which a screen finds those worth an exact effect).
         screen: the method that ranks edges or neurons first.
-        methods: those that `localise` puts side by side; by default `study.localise.METHODS`.
+        compared: methods that `localise` puts side by side; by default `study.localise.METHODS`.
         search: of the circuit: threshold (parts in order of their effects), acdc, or greedy.
         threshold: of acdc, what a part must be worth to stay; by default a hundredth of what closing everything takes.
         budget: of the learned gates: default, code (the authors' code), paper (its text).
@@ -69,7 +69,7 @@ class Plan:
     method: str = "integrated"
     parts: Kind = "nodes"
     screen: str = "gradient"
-    methods: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
     search: Search = "threshold"
     threshold: float | None = None
     budget: Budget = "default"
@@ -106,7 +106,7 @@ class Plan:
             metric_named(self.metric)
         if self.method not in method_names():
             raise PatchclampError(f"there is no method {self.method!r}: choose from {', '.join(method_names())}")
-        if unknown := [name for name in self.methods if name not in method_names()]:
+        if unknown := [name for name in self.compared if name not in method_names()]:
             raise PatchclampError(f"there is no method {unknown[0]!r}: choose from {', '.join(method_names())}")
         if self.screen == "exact" or self.screen not in method_names():
             others = ", ".join(name for name in method_names() if name != "exact")
