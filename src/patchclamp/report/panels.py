@@ -7,8 +7,10 @@ from typing import Any
 
 import polars as pl
 
+from patchclamp.circuit import Circuit
 from patchclamp.report import figures
 from patchclamp.report.look import ROLES, Chart, clean
+from patchclamp.sites import Edge
 from patchclamp.store.codec import plain
 from patchclamp.store.record import Prompt, Record
 
@@ -65,6 +67,7 @@ def context(record: Record) -> dict[str, Any]:
         "roles": {role: (letter, _count(scores, role)) for role, (letter, _, _) in ROLES.items()},
         "null_figures": _nulls(record),
         "circuit_figures": _circuit(record),
+        "of_edges": record.circuit is not None and _of_edges(record.circuit),
         "curve": _curve(record),
         "toggles": _toggles(record),
         "relation_figures": _relations(record),
@@ -139,12 +142,17 @@ def _nulls(record: Record) -> list[Figure]:
 def _circuit(record: Record) -> list[Figure]:
     if record.circuit is None:
         return []
-    drawn = figures.circuit_drawing(record.circuit, record.scores, "container")
+    known = record.scores if record.localisation is None else record.localisation.scores  # of edges, theirs
+    drawn = figures.circuit_drawing(record.circuit, known if _of_edges(record.circuit) else record.scores, "container")
     found = [_figure("circuit", drawn, f"{len(record.circuit)} parts, input below")]
     if record.trust and record.trust.minimality:
         drawn = figures.minimality_bars(record.trust.minimality, "container")
         found.append(_figure("minimality", drawn, "What each part is worth to the circuit"))
     return found
+
+
+def _of_edges(circuit: Circuit) -> bool:
+    return any(isinstance(part, Edge) for part in circuit)
 
 
 def _curve(record: Record) -> Figure | None:

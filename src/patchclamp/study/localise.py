@@ -12,7 +12,7 @@ from patchclamp.discover.evaluation import group_of
 from patchclamp.discover.flow import flow
 from patchclamp.discover.screen import Screened, screened
 from patchclamp.errors import GateError, MetricError, PatchclampError
-from patchclamp.methods import attribute, passes_of
+from patchclamp.methods import attribute, groups_of, passes_of
 from patchclamp.parts import Fallback, Parts
 from patchclamp.scores import Scores
 from patchclamp.store.record import Localisation
@@ -81,7 +81,7 @@ def _scores(work: Work, parts: Parts, fallback: Fallback) -> tuple[dict[str, Sco
     if plan.parts == "nodes":
         sites = [parts.labels[number] for number in parts.counted]
         about = {"method": "exact", "metric": work.metric, "fallback": work.kind, "seed": plan.seed}
-        found["exact"] = Scores.from_samples(sites, work.selected().double().numpy(), about, seed=plan.seed)
+        found["exact"] = Scores.from_samples(sites, work.selected().double().numpy(), about, groups_of(select), seed=plan.seed)
     else:
         verified = work.run.step(
             "screened-select", screened, parts, select, fallback, plan.screen, metric=work.metric, direction="noising", seed=plan.seed,

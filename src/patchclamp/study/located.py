@@ -12,6 +12,7 @@ import polars as pl
 from patchclamp.circuit import Circuit
 from patchclamp.discover import discover
 from patchclamp.discover.acdc import Acdc, acdc
+from patchclamp.discover.evaluation import group_of
 from patchclamp.discover.greedy import greedy
 from patchclamp.discover.screen import Screened, screened
 from patchclamp.discover.threshold import ranked
@@ -91,6 +92,8 @@ def locate(work: Work, do: Collection[str], parts: Parts) -> Located:
     if {"discover", "trust"} & set(do):
         chosen = _screened(work, "screened-select", parts, split.select, fallback, "noising")
         found |= searched(work, parts, split.select, fallback, chosen.ranking)
+        circuit: Circuit = found["circuit"]
+        found["circuit"] = Circuit(circuit, {**circuit.about, "group": group_of(parts)})  # so that it can be drawn
         if "trust" in do:
             found["trusted"] = work.run.step(
                 "trust", trust, parts, split.confirm, fallback, found["circuit"], ranked(chosen.ranking, plan.order),
@@ -142,7 +145,7 @@ def localisation(found: Located, n: int, judged: int) -> Localisation:
     """What the report shows of it."""
     shown = found.shown
     screen = "screen" if shown is None else str(shown.scores.about["screen"])
-    scores = _empty("site", "exact", screen) if shown is None else shown.scores.table.rename({"score": "exact", "screen": screen})
+    scores = _empty("site", "exact", screen) if shown is None else _named(shown, screen)
     rows: list[dict[str, Any]] = []
     if shown is not None:
         rows.append({"a": "exact", "b": screen, "spearman": shown.agreement, "n": shown.missed.sampled, "top": None})
@@ -155,6 +158,12 @@ def localisation(found: Located, n: int, judged: int) -> Localisation:
         schema={"method": pl.String, "name": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
     )
     return Localisation(scores, agreement, _curves(found, screen), areas, found.circuit, about=about)
+
+
+def _named(shown: Screened, screen: str) -> pl.DataFrame:
+    """The verified parts, columns as charts know them."""
+    table = shown.scores.table.rename({"score": "exact", "screen": screen})
+    return table.with_columns(pl.col("low").alias("exact_low"), pl.col("high").alias("exact_high"))
 
 
 def _curves(found: Located, screen: str) -> pl.DataFrame:
