@@ -92,7 +92,7 @@ def test_what_cannot_be_kept_is_refused_by_place(bad: object, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["os:system", "patchclamp.store.files:sha256", "patchclamp.nowhere:Circuit", "patchclampx:Y", "x"]
+    "name", ["os:system", "patchclamp.files:sha256", "patchclamp.nowhere:Circuit", "patchclampx:Y", "x"]
 )
 def test_a_file_cannot_name_code_to_run(name: str) -> None:
     with pytest.raises(StoreError, match="not a result of this version"):

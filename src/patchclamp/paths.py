@@ -91,34 +91,27 @@ def path_patching(
         SiteError: a pattern that fits nothing.
         GateError: no sender comes before any receiver, a variant that there is not, or other edits are on.
     """
-    if between not in BETWEEN:
-        raise GateError(f"between sender and receiver there may be {', '.join(BETWEEN)}, not {between!r}")
-    if OPEN.get():
-        raise GateError("other edits are on, and what receivers read would not follow them: patch paths outside of them")
+    _check(between)
     here = select([str(site) for site in senders], sources_of(model))
     there = select([str(site) for site in receivers], destinations_of(model))
     routes = _routes(model, here, there, joint)
-    if not routes:
-        raise GateError(
-            f"no path leads from {', '.join(map(str, here))} to {', '.join(map(str, there))}: nothing there comes before it"
-        )
     memory = budget(model.device) if memory is None else memory
     which = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
-    sender = _Frozen.of(model, routes, fallback, fit, memory) if between == "frozen" else _Running.of(
-        model, routes, fallback, fit, memory, frozen_heads=between == "mlps")  # fmt: skip
-    pieces, done = list[Tensor](), 0
-    for whole in examples.batches(batch_size):
-        batch = (whole.swapped() if direction == "denoising" else whole).to(model.device)
-        pieces.append(which.sign * _effects(model, batch, which, routes, sender, memory).cpu())
-        done += len(whole)
-        if progress is not None:
-            progress(done, len(examples))
-    table = torch.cat(pieces, 1).double() * (-1.0 if direction == "denoising" else 1.0)
+    first = _first_run(model, routes, between, fallback, fit, memory)
+    table = _samples(model, examples, which, routes, first, direction, batch_size, memory, progress)
     about = {"method": "path patching", "between": between, "metric": which.name, "fallback": fallback, "n": len(examples),
              "seed": seed, "direction": direction, "model": model.name, "task": examples.task}  # fmt: skip
     about |= {"through": [str(site) for site in there]} if joint else {}
     labels = [route.sender if joint else Edge(route.sender, route.receivers[0]) for route in routes]
-    return Scores.from_samples(labels, table.numpy(), about, groups=groups_of(examples), seed=seed)
+    return Scores.from_samples(labels, table.double().numpy(), about, groups=groups_of(examples), seed=seed)
+
+
+def _check(between: str) -> None:
+    """Raise `GateError` for a variant that there is not, or where other edits are on."""
+    if between not in BETWEEN:
+        raise GateError(f"between sender and receiver there may be {', '.join(BETWEEN)}, not {between!r}")
+    if OPEN.get():
+        raise GateError("other edits are on, and what receivers read would not follow them: patch paths outside of them")
 
 
 @dataclass(frozen=True)
@@ -130,11 +123,42 @@ class _Route:
 
 
 def _routes(model: Model, senders: Sequence[Site], receivers: Sequence[Site], joint: bool) -> list[_Route]:
-    """In the order of the receivers, then of the senders (joint: of the senders)."""
+    """In the order of the receivers, then of the senders (joint: of the senders); raises `GateError` where there is none."""
     if joint:
         reached = {one: tuple(site for site in receivers if comes_before(model, one, site)) for one in senders}
-        return [_Route(sender, found) for sender, found in reached.items() if found]
-    return [_Route(sender, (site,)) for site in receivers for sender in senders if comes_before(model, sender, site)]
+        routes = [_Route(sender, found) for sender, found in reached.items() if found]
+    else:
+        routes = [_Route(sender, (site,)) for site in receivers for sender in senders if comes_before(model, sender, site)]
+    if not routes:
+        raise GateError(
+            f"no path leads from {', '.join(map(str, senders))} to {', '.join(map(str, receivers))}: nothing there comes before it"
+        )
+    return routes
+
+
+def _first_run(
+    model: Model, routes: Sequence[_Route], between: str, fallback: str, fit: Examples | None, memory: int
+) -> "_Frozen | _Running":
+    """What makes the streams that receivers read, by what may follow from the sender."""
+    if between == "frozen":
+        return _Frozen.of(model, routes, fallback, fit, memory)
+    return _Running.of(model, routes, fallback, fit, memory, frozen_heads=between == "mlps")
+
+
+def _samples(
+    model: Model, examples: Examples, metric: Metric, routes: Sequence[_Route], first: "_Frozen | _Running", direction: Direction,
+    batch_size: int, memory: int, progress: Callable[[int, int], None] | None,
+) -> Float[Tensor, "route example"]:  # fmt: skip
+    """Scores by route and example, some prompts after others."""
+    pieces, done = list[Tensor](), 0
+    sign = metric.sign * (-1.0 if direction == "denoising" else 1.0)
+    for whole in examples.batches(batch_size):
+        batch = (whole.swapped() if direction == "denoising" else whole).to(model.device)
+        pieces.append(sign * _effects(model, batch, metric, routes, first, memory).cpu())
+        done += len(whole)
+        if progress is not None:
+            progress(done, len(examples))
+    return torch.cat(pieces, 1)
 
 
 def _effects(

@@ -13,9 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from patchclamp.files import write_atomically
 from patchclamp.report.panels import context, number, percent, signed
 from patchclamp.store import Record, load_record
-from patchclamp.store.files import write_atomically
 
 __all__ = ["render", "write_report"]
 

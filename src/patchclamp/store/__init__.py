@@ -26,9 +26,10 @@ from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 from patchclamp.errors import StoreError
+from patchclamp.files import TEMPORARY, check, write_atomically
 from patchclamp.store import lock, manifest
 from patchclamp.store.codec import decode, dumps, encode, plain
-from patchclamp.store.files import TEMPORARY, check, read_encoded, write_atomically, write_encoded
+from patchclamp.store.files import read_encoded, write_encoded
 from patchclamp.store.hashing import digest, weights_hash
 from patchclamp.store.manifest import Manifest, Step
 from patchclamp.store.record import Record

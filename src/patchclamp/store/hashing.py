@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchclamp.errors import StoreError
+from patchclamp.files import write_atomically
 from patchclamp.store.codec import plain
-from patchclamp.store.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

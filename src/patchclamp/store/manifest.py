@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from patchclamp.errors import StoreError
+from patchclamp.files import write_atomically
 from patchclamp.store.codec import dumps
-from patchclamp.store.files import write_atomically
 
 NAME = "manifest.json"
 FORMAT = 1

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchclamp.errors import StoreError
-from patchclamp.store.files import write_atomically
+from patchclamp.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

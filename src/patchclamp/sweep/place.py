@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from patchclamp.errors import StoreError, SweepError
+from patchclamp.files import write_atomically
 from patchclamp.store import Run
-from patchclamp.store.files import write_atomically
 from patchclamp.store.lock import NAME as LOCK
 from patchclamp.store.lock import Lock, is_locked
 from patchclamp.store.manifest import Manifest

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import polars as pl
 
 from patchclamp.errors import StoreError
-from patchclamp.store.files import write_atomically
+from patchclamp.files import write_atomically
 from patchclamp.store.record import Record
 from patchclamp.sweep.case import Case
 
