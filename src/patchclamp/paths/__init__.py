@@ -4,30 +4,26 @@ Wang et al. 2211.00593, Goldowsky-Dill et al. 2304.05969.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchclamp.edits import Put
 from patchclamp.errors import GateError
 from patchclamp.methods import Direction, groups_of
 from patchclamp.metrics import Metric, metric_named
-from patchclamp.models.editing import Edit, Edits, Seen
+from patchclamp.models.editing import Edits, Seen
 from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
-from patchclamp.models.recording import Recorder
 from patchclamp.models.scope import OPEN
 from patchclamp.models.standing import Start
 from patchclamp.models.tree import Pattern
-from patchclamp.parts import Edges, Fallback, Gated, gated
 from patchclamp.parts.edge_ends import comes_before, destinations_of, sources_of
 from patchclamp.parts.edge_gates import level_of
 from patchclamp.parts.edge_reading import Changed, Desk, Streams, User, reading, reads_at
 from patchclamp.parts.edge_runs import at_once, ground_of, measured, replays_pay
-from patchclamp.parts.edge_sources import Sources, place_of
+from patchclamp.paths.first import First, Route, first_run
 from patchclamp.scores import Scores
 from patchclamp.sites import Edge, Site, select
 from patchclamp.tasks import Examples
@@ -97,7 +93,7 @@ def path_patching(
     routes = _routes(model, here, there, joint)
     memory = budget(model.device) if memory is None else memory
     which = metric if isinstance(metric, Metric) else metric_named(metric or examples.metric)
-    first = _first_run(model, routes, between, fallback, fit, memory)
+    first = first_run(model, routes, between, fallback, fit, memory)
     table = _samples(model, examples, which, routes, first, direction, batch_size, memory, progress)
     about = {"method": "path patching", "between": between, "metric": which.name, "fallback": fallback, "n": len(examples),
              "seed": seed, "direction": direction, "model": model.name, "task": examples.task}  # fmt: skip
@@ -114,21 +110,13 @@ def _check(between: str) -> None:
         raise GateError("other edits are on, and what receivers read would not follow them: patch paths outside of them")
 
 
-@dataclass(frozen=True)
-class _Route:
-    """One setting: a sender, and the receivers that read what follows from it."""
-
-    sender: Site
-    receivers: tuple[Site, ...]
-
-
-def _routes(model: Model, senders: Sequence[Site], receivers: Sequence[Site], joint: bool) -> list[_Route]:
+def _routes(model: Model, senders: Sequence[Site], receivers: Sequence[Site], joint: bool) -> list[Route]:
     """In the order of the receivers, then of the senders (joint: of the senders); raises `GateError` where there is none."""
     if joint:
         reached = {one: tuple(site for site in receivers if comes_before(model, one, site)) for one in senders}
-        routes = [_Route(sender, found) for sender, found in reached.items() if found]
+        routes = [Route(sender, found) for sender, found in reached.items() if found]
     else:
-        routes = [_Route(sender, (site,)) for site in receivers for sender in senders if comes_before(model, sender, site)]
+        routes = [Route(sender, (site,)) for site in receivers for sender in senders if comes_before(model, sender, site)]
     if not routes:
         raise GateError(
             f"no path leads from {', '.join(map(str, senders))} to {', '.join(map(str, receivers))}: nothing there comes before it"
@@ -136,17 +124,8 @@ def _routes(model: Model, senders: Sequence[Site], receivers: Sequence[Site], jo
     return routes
 
 
-def _first_run(
-    model: Model, routes: Sequence[_Route], between: str, fallback: str, fit: Examples | None, memory: int
-) -> "_Frozen | _Running":
-    """What makes the streams that receivers read, by what may follow from the sender."""
-    if between == "frozen":
-        return _Frozen.of(model, routes, fallback, fit, memory)
-    return _Running.of(model, routes, fallback, fit, memory, frozen_heads=between == "mlps")
-
-
 def _samples(
-    model: Model, examples: Examples, metric: Metric, routes: Sequence[_Route], first: "_Frozen | _Running", direction: Direction,
+    model: Model, examples: Examples, metric: Metric, routes: Sequence[Route], first: First, direction: Direction,
     batch_size: int, memory: int, progress: Callable[[int, int], None] | None,
 ) -> Float[Tensor, "route example"]:  # fmt: skip
     """Scores by route and example, some prompts after others."""
@@ -162,7 +141,7 @@ def _samples(
 
 
 def _effects(
-    model: Model, batch: Batch, metric: Metric, routes: Sequence[_Route], first: "_Frozen | _Running", memory: int
+    model: Model, batch: Batch, metric: Metric, routes: Sequence[Route], first: First, memory: int
 ) -> Float[Tensor, "route example"]:
     """The metric of the model itself less that of the second run, by route; a few senders after others."""
     with torch.no_grad():
@@ -178,7 +157,7 @@ def _effects(
             mine = [number for number, route in enumerate(routes) if route.sender in some]
             chosen = [routes[number] for number in mine]
 
-            def edits_of(settings: Sequence[int], start: Start, some: Sequence[Site] = some, chosen: Sequence[_Route] = chosen,
+            def edits_of(settings: Sequence[int], start: Start, some: Sequence[Site] = some, chosen: Sequence[Route] = chosen,
                          streams: Mapping[Site, Tensor] = streams) -> Edits:  # fmt: skip
                 return _second(model, batch, [chosen[number] for number in settings], start, some, streams, memory)
 
@@ -186,14 +165,14 @@ def _effects(
     return out
 
 
-def _pattern(number: int, route: _Route, layers: int) -> Pattern:
+def _pattern(number: int, route: Route, layers: int) -> Pattern:
     """What a route does at each stage (`models.tree`): some of its receivers read there, or none."""
     stages = {2 * layers if one.kind == "logits" else 2 * (one.layer or 0) + 1 for one in route.receivers}
     return tuple(number if stage in stages else 0 for stage in range(2 * layers + 1))
 
 
 def _second(
-    model: Model, batch: Batch, routes: Sequence[_Route], start: Start, senders: Sequence[Site], streams: Mapping[Site, Tensor],
+    model: Model, batch: Batch, routes: Sequence[Route], start: Start, senders: Sequence[Site], streams: Mapping[Site, Tensor],
     memory: int,
 ) -> Edits:  # fmt: skip
     """The edits of the second run: receivers read the streams of the first."""
@@ -222,92 +201,3 @@ class _Given:
 
     def streams(self, own: Float[Tensor, "run row position width"], seen: Seen) -> Streams:
         return self.known
-
-
-@dataclass(frozen=True, eq=False)
-class _Frozen:
-    """The first run where nothing follows from the sender but its own write: no run at all."""
-
-    sources: Sources
-    fallback: Fallback
-    places: tuple[Site, ...]
-
-    @classmethod
-    def of(cls, model: Model, routes: Sequence[_Route], fallback: str, fit: Examples | None, memory: int) -> "_Frozen":
-        edges = Edges(model, [Edge(route.sender, site) for route in routes for site in route.receivers], memory)
-        places = tuple(sorted({place_of(model.anatomy, route.sender) for route in routes}))
-        return cls(Sources(model, places, memory // 4), edges.fallback(fallback, fit), _places(model, routes))
-
-    def streams(self, batch: Batch, senders: Sequence[Site]) -> Mapping[Site, Streams]:
-        """By place, the own stream with each sender's fallback in place of its value."""
-        sources, values = self.sources, self.fallback.at(batch)
-        model, own = sources.model, sources.own(batch)
-        recorder = Recorder(model.anatomy, self.places)
-        with recorder.session().open():
-            model.forward(batch, columns=torch.zeros(1, dtype=torch.long, device=model.device))
-        added, written = list[Tensor](), {place: sources.value(place, own) for place in sources.places}
-        for sender in senders:
-            place = place_of(model.anatomy, sender)
-            added.append(sources.difference(place, [sender.index or 0], values[place], written[place])[0])
-        apart = torch.stack(added)
-        return {place: recorder.kept[place] + apart.to(recorder.kept[place]) for place in self.places}
-
-
-class _Read(Exception):
-    """The last stream is kept: the rest of the model need not run."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Running:
-    """The first run where MLPs, or everything, follows from the sender."""
-
-    parts: Gated
-    fallback: Fallback
-    places: tuple[Site, ...]
-    frozen_heads: bool
-
-    @classmethod
-    def of(
-        cls, model: Model, routes: Sequence[_Route], fallback: str, fit: Examples | None, memory: int, frozen_heads: bool
-    ) -> "_Running":
-        parts = Gated(model, sorted({route.sender for route in routes}), memory)
-        return cls(parts, parts.fallback(fallback, fit), _places(model, routes), frozen_heads)
-
-    def streams(self, batch: Batch, senders: Sequence[Site]) -> Mapping[Site, Streams]:
-        """By place, the streams of runs in which each sender has its fallback."""
-        model, kept, last = self.parts.model, dict[Site, Tensor](), self.places[-1]
-        gates = self.parts.open(len(senders))
-        for number, sender in enumerate(senders):
-            gates[number, ..., self.parts.index[sender]] = 0
-        edits: dict[Site, list[Edit]] = {}
-        if self.frozen_heads:
-            frozen = gated(model, ["L*.z"]).record(batch)
-            edits = {place: [Put(z)] for place, z in frozen.items()}
-        for site, edit in self.parts.edits(gates, self.fallback, batch).items():
-            edits.setdefault(site, []).extend([edit] if isinstance(edit, Edit) else edit)
-
-        for place in self.places:
-            edits.setdefault(place, []).append(_Keep(place, kept, place == last))
-        with suppress(_Read):
-            model.forward(batch, edits, settings=len(senders))
-        return {place: kept[place].unflatten(0, (len(senders), -1)) for place in self.places}
-
-
-@dataclass(frozen=True, eq=False)
-class _Keep:
-    """Keeps a stream; the last one ends the run."""
-
-    place: Site
-    kept: dict[Site, Tensor]
-    last: bool
-
-    def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
-        self.kept[self.place] = value
-        if self.last:
-            raise _Read
-        return value
-
-
-def _places(model: Model, routes: Sequence[_Route]) -> tuple[Site, ...]:
-    """Where the streams are that receivers read, in forward order."""
-    return tuple(sorted({reads_at(model.anatomy, site) for route in routes for site in route.receivers}))
