@@ -51,3 +51,7 @@ class StoreError(PatchclampError):
 
 class SweepError(PatchclampError):
     """A sweep that cannot be read or run as asked: its plans, its workers, or the cluster that it is to run on."""
+
+
+class TrainingError(PatchclampError):
+    """A training that cannot be run or resumed as asked: its numbers, its data, its clamps or its folder."""
