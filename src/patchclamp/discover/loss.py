@@ -8,7 +8,7 @@ import torch
 from patchclamp.errors import NumericsError
 from patchclamp.metrics import Metric
 from patchclamp.parts import Edges, Fallback, Parts
-from patchclamp.parts.edges import Replay
+from patchclamp.parts.edge_replay import Replay
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 

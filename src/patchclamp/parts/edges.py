@@ -11,29 +11,27 @@ others: what is behind a destination is always computed anew (Goldowsky-Dill et 
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.errors import GateError
-from patchclamp.metrics import Metric, metric_named
+from patchclamp.metrics import Metric
 from patchclamp.models.editing import Edits
 from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
-from patchclamp.models.scope import OPEN
 from patchclamp.models.standing import Start
+from patchclamp.parts.edge_checks import require_ends, require_fit
 from patchclamp.parts.edge_ends import at_positions, comes_before, destinations_of, sources_of
-from patchclamp.parts.edge_gates import KEYS, Known, Readers, closed, patterns_of, readers_of
+from patchclamp.parts.edge_gates import Known, Readers, closed, readers_of
+from patchclamp.parts.edge_gradient import gradient, slopes
 from patchclamp.parts.edge_reading import Desk, reading
-from patchclamp.parts.edge_runs import Ground, at_once, first_block, ground_of, measured, replays_pay
-from patchclamp.parts.edge_slopes import Asked, open_slopes
+from patchclamp.parts.edge_replay import Replay, replay
 from patchclamp.parts.edge_sources import Sources, place_of
-from patchclamp.parts.fallbacks import FALLBACKS, Fallback, Resample, Values, Zero, expand_to_rows, learn_mean
-from patchclamp.parts.optimal import learn_optimal
-from patchclamp.parts.slopes import frozen
+from patchclamp.parts.fallbacks import Fallback, Values, expand_to_rows
+from patchclamp.parts.labelled import Labelled
+from patchclamp.parts.rules import plain_rule
 from patchclamp.sites import Edge, Site, select
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
@@ -80,34 +78,10 @@ def edges(
     return Edges(model, sorted(each), memory)
 
 
-@dataclass(frozen=True, eq=False)
-class Replay:
-    """Many settings of one batch's edges, on one run of the model itself; make with `Edges.replay`."""
-
-    parts: "Edges"
-    ground: Ground
-    known: Known
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that have run so far, each for one setting on the whole batch; the model's own run, too."""
-        return self.ground.count.blocks
-
-    def measure(self, gates: Float[Tensor, "setting #example #position part"]) -> Float[Tensor, "setting example"]:
-        """As `Edges.measure`."""
-        parts, ground = self.parts, self.ground
-        parts.require_fit(gates, ground.batch)
-        with torch.no_grad():
-            patterns = patterns_of(parts.readers, gates, parts.model.layers)
-
-            def edits_of(some: Sequence[int], start: Start) -> Edits:
-                return parts.compiled(gates[list(some)], ground.batch, self.known, start)
-
-            return measured(ground, patterns, edits_of, at_once(parts.model, ground.batch, parts.memory // 2))
-
-
-class Edges:
+class Edges(Labelled[Edge]):
     """`Parts` on edges; make with `edges`. Every edge is counted, those from the embedding too: all closed is the corrupt run."""
+
+    noun = "edges"
 
     def __init__(self, model: Model, labels: Sequence[Edge], memory: int | None = None):
         self.model = model
@@ -118,28 +92,21 @@ class Edges:
         """What is added to the embeddings in every run that `record` and `slopes` make."""
         self.labels: tuple[Edge, ...] = tuple(labels)
         self.counted: tuple[int, ...] = tuple(range(len(self.labels)))
-        for edge in self.labels:
-            here, there = edge.source.position, edge.target.position
-            if edge.target.kind not in KEYS and here != there and None not in (here, there):
-                raise GateError(f"{edge}: only keys and values are read at other positions than they are written at")
+        require_ends(self.labels)
 
     def __repr__(self) -> str:
         return f"Edges({self.model.name!r}: {len(self.labels)} edges into {len(set(edge.target for edge in self.labels))} destinations)"
 
     @cached_property
-    def index(self) -> dict[Edge, int]:
-        """Where each label's gate is."""
-        return {edge: number for number, edge in enumerate(self.labels)}
-
-    @cached_property
-    def _sources(self) -> Sources:
+    def sources(self) -> Sources:
+        """What the edges lead from, as it is recorded."""
         places = {place_of(self.model.anatomy, edge.source.at(None)) for edge in self.labels}
         return Sources(self.model, tuple(sorted(places)), self.memory // 4)
 
     @cached_property
     def readers(self) -> tuple[Readers, ...]:
         """What the edges lead to, by the place of the stream."""
-        return readers_of(self.labels, self._sources)
+        return readers_of(self.labels, self.sources)
 
     def on(self, model: Model) -> "Edges":
         """The same edges of another model of the same anatomy."""
@@ -151,62 +118,9 @@ class Edges:
         other.added = added
         return other
 
-    def open(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates of 1: the model itself."""
-        return torch.ones(settings, 1, 1, len(self.labels), device=self.model.device)
-
-    def closed(self, settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates of 0. With all edges of a model among the parts, and resample, this is the corrupt run."""
-        return torch.zeros_like(self.open(settings))
-
-    def only(self, sites: Sequence[Edge], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates open for these edges, closed for the rest: a circuit."""
-        gates = self.closed(settings)
-        gates[..., [self._find(edge) for edge in sites]] = 1
-        return gates
-
-    def without(self, sites: Sequence[Edge], settings: int = 1) -> Float[Tensor, "setting 1 1 part"]:
-        """Gates closed for these edges, open for the rest."""
-        gates = self.open(settings)
-        gates[..., [self._find(edge) for edge in sites]] = 0
-        return gates
-
-    def _find(self, edge: Edge) -> int:
-        if edge not in self.index:
-            raise GateError(f"{edge} is not among the {len(self.labels)} edges ({self.labels[0]}, ... {self.labels[-1]})")
-        return self.index[edge]
-
-    def require_fit(self, gates: Tensor, batch: Batch) -> None:
-        """Raise `GateError` where gates do not fit the edges, or the batch."""
-        if gates.dim() != 4 or gates.shape[-1] != len(self.labels):
-            raise GateError(
-                f"gates are [setting, example, position, part] with {len(self.labels)} edges, not {tuple(gates.shape)}"
-            )
-        for axis, have, name in ((1, len(batch), "examples"), (2, batch.tokens.shape[1], "columns")):
-            if gates.shape[axis] not in (1, have):
-                raise GateError(f"gates for {gates.shape[axis]} {name} were given, and the batch has {have}")
-        self.require_positions(batch)
-
-    def require_positions(self, batch: Batch) -> None:
-        """Raise where positions are not those of the batch: `TaskError` for a span that it does not name.
-
-        Raises:
-            GateError: positions by number, and prompts of unequal lengths, in which a number is another word in each.
-        """
-        asked = {site.position for edge in self.labels for site in (edge.source, edge.target)} - {None}
-        lengths = batch.mask.sum(1)
-        if any(isinstance(one, int) for one in asked) and int(lengths.min()) != int(lengths.max()):
-            raise GateError(
-                f"positions by number are other words in prompts of {int(lengths.min())} to {int(lengths.max())} tokens: name "
-                'spans of the task (positions=["subject", "end"])'
-            )
-        for one in asked:
-            if one is not None:
-                batch.columns(one)
-
     def record(self, batch: Batch) -> Values:
         """What sources write when the batch runs, by place. One forward pass."""
-        return self._sources.record(batch, self.added)
+        return self.sources.record(batch, self.added)
 
     def fallback(self, kind: str, fit: Examples | None = None) -> Fallback:
         """The rule called `kind`: resample, mean or optimal (learned on `fit`), zero; of what sources write.
@@ -214,17 +128,7 @@ class Edges:
         Raises:
             GateError: no such rule, or mean or optimal without a fit set.
         """
-        if kind == "zero":
-            return Zero(self._sources.places, self.model.device)
-        if kind == "resample":
-            return Resample(self.record)
-        if kind.partition(":")[0] == "mean":
-            if fit is None or len(fit) == 0:
-                raise GateError("the fallback 'mean' is learned: give the fit set, fit=")
-            return learn_mean(self.record, fit, by=kind.partition(":")[2] or None)
-        if kind == "optimal":
-            return learn_optimal(self, fit)
-        raise GateError(f"there is no fallback {kind!r}: choose from {', '.join(FALLBACKS)} (mean:position, mean:span, mean:all)")
+        return plain_rule(self, self.sources.places, kind, fit)
 
     def edits(
         self, gates: Float[Tensor, "setting #example #position part"], fallback: Fallback, batch: Batch | None = None
@@ -238,8 +142,8 @@ class Edges:
         """
         if batch is None:
             raise GateError("gates on edges need the batch that runs, and generated tokens are in none: use nodes to generate")
-        self.require_fit(gates, batch)
-        return self._edits(gates, fallback, batch)
+        require_fit(self, gates, batch)
+        return self.compiled(gates, batch, Known(self.sources, {}, fallback.at(batch)), Start())
 
     def compiled(
         self, gates: Float[Tensor, "setting #example #position part"], batch: Batch, known: Known, start: Start
@@ -250,17 +154,6 @@ class Edges:
         rows = expand_to_rows(gates, batch) if gates.shape[1] > 1 else gates
         desk = Desk(self.model.anatomy, len(batch.tokens), self.memory // 2, columns=batch.columns)
         return reading(desk, closed(self.readers, known, rows, start, batch.columns))
-
-    def _edits(self, gates: Tensor, fallback: Fallback, batch: Batch) -> Edits:
-        return self.compiled(gates, batch, Known(self._sources, {}, fallback.at(batch)), Start())
-
-    def _plainly(self) -> None:
-        if self.added is not None:
-            raise GateError("something is added to the embeddings here: gates are measured on parts without it")
-
-    def _alone(self) -> None:
-        if OPEN.get():
-            raise GateError("other edits are on, and what destinations read would not follow them: measure edges outside of them")
 
     def measure(
         self,
@@ -280,8 +173,8 @@ class Edges:
         Raises:
             GateError: shapes that do not fit, or other edits are on.
         """
-        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
-        self.require_fit(gates, batch)
+        batch = batch.to(self.model.device)
+        require_fit(self, gates, batch)
         return self.replay(batch, fallback, metric, gates).measure(gates)
 
     def replay(
@@ -290,7 +183,7 @@ class Edges:
         fallback: Fallback,
         metric: Metric | None = None,
         first: Float[Tensor, "setting _ _ part"] | None = None,
-    ) -> "Replay":
+    ) -> Replay:
         """The model's own run of a batch, kept for many calls of `measure` on it: ACDC, greedy steps.
 
         Args:
@@ -301,14 +194,7 @@ class Edges:
 
         Weights must not change while it is used. Cost: one forward pass, and the fallback's.
         """
-        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
-        self._alone()
-        self._plainly()
-        patterns = None if first is None else patterns_of(self.readers, first, self.model.layers)
-        pays = self.replays and (patterns is None or replays_pay(patterns))
-        own = patterns is None or any(first_block(pattern) is None for pattern in patterns)
-        ground = ground_of(self.model, batch, metric, self._sources.sites, self.memory, pays, own)
-        return Replay(self, ground, Known(self._sources, ground.kept, fallback.at(batch)))
+        return replay(self, batch, fallback, metric, first)
 
     def whole(self) -> "Edges":
         """The same edges, whose settings all run from the first block on: what replay is compared with."""
@@ -335,33 +221,7 @@ class Edges:
         Returns:
             values [setting, example] and slopes [setting, example, part]; where gates differ by position, slopes have that axis.
         """
-        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
-        self.require_fit(gates, batch)
-        self._alone()
-        self._plainly()
-        plain = [bool((one == 1).all()) for one in gates]
-        values: list[Tensor] = []
-        slopes: list[Tensor] = []
-        with frozen(self.model):
-            spread = gates.shape[2] > 1
-            opened = open_slopes(self._asked(), batch, None, fallback.at(batch), metric, spread) if any(plain) else None
-            reference = self.model.target_logits(batch).detach()[0] if metric.reference and not all(plain) else None
-            for number, one in enumerate(plain):
-                if one and opened is not None:
-                    value, slope = opened
-                else:
-                    leaf = gates[number : number + 1].detach().expand(-1, len(batch), -1, -1).clone().requires_grad_()
-                    with torch.enable_grad():
-                        logits = self.model.target_logits(batch, self._edits(leaf, fallback, batch))
-                        value = metric(logits, batch, reference)[0]
-                        (slope,) = torch.autograd.grad(value.sum(), leaf)
-                    slope = slope[0] if spread else slope[0].squeeze(1)
-                values.append(value.detach())
-                slopes.append(slope)
-        return torch.stack(values), torch.stack(slopes)
-
-    def _asked(self) -> Asked:
-        return Asked(self._sources, self.readers, len(self.labels), self.memory, self.added)
+        return gradient(self, batch, gates, fallback, metric)
 
     def slopes(
         self, batch: Batch, first: Values | None, second: Values, metric: Metric | None = None
@@ -378,8 +238,4 @@ class Edges:
 
         Cost: that of `gradient` with every gate open, less the fallback's.
         """
-        batch, metric = batch.to(self.model.device), metric or metric_named(batch.metric)
-        self._alone()
-        self.require_positions(batch)
-        with frozen(self.model):
-            return open_slopes(self._asked(), batch, first, second, metric, spread=False)
+        return slopes(self, batch, first, second, metric)

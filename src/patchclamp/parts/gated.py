@@ -87,7 +87,7 @@ def _check_frozen(model: Model, labels: Sequence[Site]) -> None:
         raise GateError("routing cannot be frozen while routers have gates: choose one of the two")
 
 
-class Gated(Labelled):
+class Gated(Labelled[Site]):
     """`Parts` on any writable sites; make with `gated` or `nodes`."""
 
     def __init__(self, model: Model, labels: Sequence[Site], memory: int | None = None, routing: Routing = "free"):
@@ -154,13 +154,6 @@ class Gated(Labelled):
         """What is on in every run."""
         return {} if self.added is None else {Site("embed"): Add(self.added)}
 
-    def _check(self, gates: Tensor, batch: Batch | None) -> None:
-        self.require_shape(gates)
-        if batch is not None and gates.shape[1] not in (1, len(batch)):
-            raise GateError(f"gates for {gates.shape[1]} examples were given, and the batch has {len(batch)}")
-        if batch is not None and gates.shape[2] not in (1, batch.tokens.shape[1]):
-            raise GateError(f"gates for {gates.shape[2]} columns were given, and the batch has {batch.tokens.shape[1]}")
-
     def record(self, batch: Batch) -> Values:
         """What the places hold when the batch runs."""
         batch = batch.to(self.model.device)
@@ -186,7 +179,7 @@ class Gated(Labelled):
         Raises:
             GateError: shapes that do not fit, or a fallback that has no value without a batch.
         """
-        self._check(gates, batch)
+        self.require_shape(gates, batch)
         if self.norm == "frozen":
             raise GateError(
                 "edits alone cannot hold the final norm's scale: measure and gradient can; or take the parts without it"
@@ -229,7 +222,7 @@ class Gated(Labelled):
         costs (once per batch).
         """
         batch = batch.to(self.model.device)
-        self._check(gates, batch)
+        self.require_shape(gates, batch)
         return measured(self, batch, gates, fallback, metric or metric_named(batch.metric))
 
     def gradient(

@@ -104,7 +104,7 @@ def _one_name(site: Site) -> Site:
     return replace(site, kind="mlp") if site.kind == "mlp.write" else site
 
 
-class Tied(Labelled):
+class Tied(Labelled[Site]):
     """`Parts` whose gates act on one site or several; make with `tied`, or from a mapping of one's own: label -> sites."""
 
     def __init__(
