@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from patchclamp.errors import FamilyError
 from patchclamp.models.model import Model
+from patchclamp.parts.edge_blocks import reads_at
 from patchclamp.parts.edge_gates import KEYS
-from patchclamp.parts.edge_reading import reads_at
 from patchclamp.parts.edge_sources import place_of
 from patchclamp.sites import Edge, Site
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from patchclamp.models.editing import Columns, Seen
 from patchclamp.models.standing import Start
 from patchclamp.models.tree import Pattern
-from patchclamp.parts.edge_reading import Changed, Streams, User, reads_at
+from patchclamp.parts.edge_blocks import Streams, reads_at
+from patchclamp.parts.edge_reading import Changed, User
 from patchclamp.parts.edge_sources import Difference, Sources, place_of
 from patchclamp.parts.fallbacks import Values
 from patchclamp.sites import Edge, Site

@@ -25,8 +25,8 @@ from patchclamp.models.probe import probe_tokens
 from patchclamp.models.scope import unobserved
 from patchclamp.models.session import CALL, Call, Session
 from patchclamp.models.standing import RULED
+from patchclamp.parts.edge_blocks import SLOTS, attention_reads, detached, mlp_reads, reads_at
 from patchclamp.parts.edge_norms import NormSlope, Slot, close, slot_slopes, weight_of
-from patchclamp.parts.edge_reading import SLOTS, attention_reads, detached, mlp_reads, reads_at
 from patchclamp.parts.slopes import frozen
 from patchclamp.sites import Site
 

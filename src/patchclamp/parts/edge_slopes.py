@@ -22,11 +22,11 @@ from patchclamp.models.model import Model
 from patchclamp.models.scope import still
 from patchclamp.models.session import CALL, Call, Session
 from patchclamp.models.standing import Start
+from patchclamp.parts.edge_blocks import SLOTS, attention_reads, attention_writes, detached, mlp_reads
 from patchclamp.parts.edge_gates import KEYS, Readers
 from patchclamp.parts.edge_maps import Maps, maps_of
 from patchclamp.parts.edge_norms import Slopes
 from patchclamp.parts.edge_products import OwnRun, add_known, is_known
-from patchclamp.parts.edge_reading import SLOTS, attention_reads, attention_writes, detached, mlp_reads
 from patchclamp.parts.edge_sources import Sources
 from patchclamp.parts.fallbacks import Values
 from patchclamp.parts.pieces import only

@@ -19,9 +19,10 @@ from patchclamp.models.model import Model
 from patchclamp.models.scope import OPEN
 from patchclamp.models.standing import Start
 from patchclamp.models.tree import Pattern
+from patchclamp.parts.edge_blocks import Streams, reads_at
 from patchclamp.parts.edge_ends import comes_before, destinations_of, sources_of
 from patchclamp.parts.edge_gates import level_of
-from patchclamp.parts.edge_reading import Changed, Desk, Streams, User, reading, reads_at
+from patchclamp.parts.edge_reading import Changed, Desk, User, reading
 from patchclamp.parts.edge_runs import at_once, ground_of, measured, replays_pay
 from patchclamp.paths.first import First, Route, first_run
 from patchclamp.scores import Scores

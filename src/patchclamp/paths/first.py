@@ -13,7 +13,7 @@ from patchclamp.models.editing import Edit, Seen
 from patchclamp.models.model import Model
 from patchclamp.models.recording import Recorder
 from patchclamp.parts import Edges, Fallback, Gated, gated
-from patchclamp.parts.edge_reading import Streams, reads_at
+from patchclamp.parts.edge_blocks import Streams, reads_at
 from patchclamp.parts.edge_sources import Sources, place_of
 from patchclamp.sites import Edge, Site
 from patchclamp.tasks import Examples
