@@ -7,24 +7,8 @@ from patchclamp.circuit import Circuit
 from patchclamp.scores import Agreement, Scores
 from patchclamp.scores.statistics import Interval
 from patchclamp.sites import Site
-from patchclamp.store.record import (
-    Alternatives,
-    Baseline,
-    Claim,
-    Contrasts,
-    Dynamics,
-    KeptSets,
-    Localisation,
-    ModelInfo,
-    Null,
-    Patterns,
-    Prompt,
-    Provenance,
-    Record,
-    Relations,
-    TaskInfo,
-    Trust,
-)
+from patchclamp.store.record import Baseline, Claim, ModelInfo, Null, Patterns, Prompt, Provenance, Record, TaskInfo, Trust
+from patchclamp.store.sections import Alternatives, Contrasts, Dynamics, KeptSets, Localisation, Relations
 
 PARTS = [
     Site("embed"),

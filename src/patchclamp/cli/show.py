@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from patchclamp.cli.common import out, print_rows
-from patchclamp.store.record import Alternatives, Contrasts, Dynamics, KeptSets, Localisation, Relations
+from patchclamp.store.sections import Alternatives, Contrasts, Dynamics, KeptSets, Localisation, Relations
 from patchclamp.study import Study
 from patchclamp.study.claims import shown
 

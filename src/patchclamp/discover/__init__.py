@@ -6,7 +6,8 @@ from patchclamp.discover.greedy import Greedy, greedy
 from patchclamp.discover.masks import Mask, MaskSettings, probe, prune
 from patchclamp.discover.missed import Missed, missed
 from patchclamp.discover.pruning import grown, pruned, rank_auroc
-from patchclamp.discover.screen import Recall, Screened, screened, verified_recall
+from patchclamp.discover.recall import Recall, verified_recall
+from patchclamp.discover.screen import Screened, screened
 from patchclamp.discover.threshold import Curve, discover, faithfulness_curve, sizes_of
 
 __all__ = [

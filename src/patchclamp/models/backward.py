@@ -34,7 +34,7 @@ from patchclamp.models.held import HOLDER
 from patchclamp.models.norms import EPSILONS
 from patchclamp.models.probe import probe_tokens
 from patchclamp.models.scope import still, unobserved
-from patchclamp.models.standing import RULED, StandIn, replaceable
+from patchclamp.models.stand_ins import RULED, StandIn, replaceable
 from patchclamp.sites import Site
 
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")

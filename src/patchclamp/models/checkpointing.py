@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.held import HOLDER
 from patchclamp.models.scope import remembered
-from patchclamp.models.standing import STANDING, StandIn, Start, replaceable
+from patchclamp.models.stand_ins import STANDING, StandIn, replaceable
+from patchclamp.models.standing import Start
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.backward import activations_of
 from patchclamp.models.held import HOLDER
 from patchclamp.models.scope import eager
-from patchclamp.models.standing import RULED, StandIn, replaceable
+from patchclamp.models.stand_ins import RULED, StandIn, replaceable
 
 Back = Callable[[Tensor], tuple[Tensor | None, ...]]
 """From what flows back into the first half of a value to what flows back into the first halves of its inputs."""

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,16 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from patchclamp.models.anatomy import Anatomy
-from patchclamp.models.held import HOLDER, Undo
+from patchclamp.models.held import HOLDER
 from patchclamp.models.norms import held, scale_of
+from patchclamp.models.stand_ins import STANDING, StandIn, replaceable
 from patchclamp.models.tree import Level, Tree
 from patchclamp.sites import Site
 
-StandIn = Callable[..., Any]  # of a module's own forward and what it is called with
-STANDING: ContextVar[Mapping[int, StandIn]] = ContextVar("patchclamp_standing", default=MappingProxyType({}))
-"""By id of a module: what this thread computes in its place."""
-RULED: ContextVar[Mapping[int, StandIn]] = ContextVar("patchclamp_ruled", default=MappingProxyType({}))
-"""By id of a module: its own forward function with another backward pass (`models.backward`), whatever else stands in for it."""
 VOCABULARY = 8192
 """Tokens whose logits are held at once where the normaliser is streamed."""
 
@@ -303,33 +297,3 @@ def _leading(rows: int, total: int, given: Any) -> Any:
     if not isinstance(given, Tensor) or given.dim() < 2 or len(given) < total or len(given) % total:
         return given
     return given[: rows * (len(given) // total)]
-
-
-@contextmanager
-def themselves() -> Generator[None]:
-    """While open, in this thread, modules compute what they do by themselves, whatever stands in for them in a run."""
-    token = STANDING.set(MappingProxyType({}))
-    try:
-        yield
-    finally:
-        STANDING.reset(token)
-
-
-def replaceable(module: nn.Module) -> Undo:
-    """Let threads put something in the module's place."""
-    own, shadowed = module.forward, "forward" in vars(module)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        stand_in, rule = STANDING.get().get(id(module)), RULED.get().get(id(module))
-        call = own if rule is None else partial(rule, own)
-        return call(*args, **kwargs) if stand_in is None else stand_in(call, *args, **kwargs)
-
-    module.forward = forward  # type: ignore[method-assign]
-
-    def undo() -> None:
-        if shadowed:
-            module.forward = own  # type: ignore[method-assign]
-        else:
-            del module.forward
-
-    return undo

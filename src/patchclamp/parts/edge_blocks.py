@@ -16,7 +16,7 @@ from torch import Tensor
 from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.scope import unobserved
 from patchclamp.models.session import Call, Session
-from patchclamp.models.standing import themselves
+from patchclamp.models.stand_ins import themselves
 from patchclamp.sites import Site
 
 SLOTS = ("q", "k", "v")

@@ -24,7 +24,7 @@ from patchclamp.models.model import Model
 from patchclamp.models.probe import probe_tokens
 from patchclamp.models.scope import unobserved
 from patchclamp.models.session import CALL, Call, Session
-from patchclamp.models.standing import RULED
+from patchclamp.models.stand_ins import RULED
 from patchclamp.parts.edge_blocks import SLOTS, attention_reads, detached, mlp_reads, reads_at
 from patchclamp.parts.edge_norms import NormSlope, Slot, close, slot_slopes, weight_of
 from patchclamp.parts.slopes import frozen

@@ -12,7 +12,7 @@ from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.model import Model
 from patchclamp.models.recording import Recorder, gain_at
 from patchclamp.models.scope import unobserved
-from patchclamp.models.standing import themselves
+from patchclamp.models.stand_ins import themselves
 from patchclamp.parts.fallbacks import Values
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch

@@ -9,7 +9,8 @@ import polars as pl
 from patchclamp.circuit import Circuit
 from patchclamp.scores import Agreement, Scores
 from patchclamp.scores.statistics import Interval
-from patchclamp.store.record import Baseline, Claim, Null, Relations, Verdict
+from patchclamp.store.record import Baseline, Claim, Null, Verdict
+from patchclamp.store.sections import Relations
 from patchclamp.trust import Trusted
 
 WORTH_TELLING = 0.01

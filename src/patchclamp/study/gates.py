@@ -12,7 +12,7 @@ from patchclamp.gating.dynamic import Controller, DynamicRoles, DynamicSettings,
 from patchclamp.gating.finder import find_sets
 from patchclamp.gating.solutions import solutions
 from patchclamp.methods import counted
-from patchclamp.store.record import Alternatives, Contrasts, Dynamics, KeptSets
+from patchclamp.store.sections import Alternatives, Contrasts, Dynamics, KeptSets
 from patchclamp.study import steps
 from patchclamp.study.work import Work
 from patchclamp.tasks import load_task

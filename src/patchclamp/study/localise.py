@@ -15,7 +15,7 @@ from patchclamp.errors import GateError, MetricError, PatchclampError
 from patchclamp.methods import attribute, groups_of, passes_of
 from patchclamp.parts import Fallback, Parts
 from patchclamp.scores import Scores
-from patchclamp.store.record import Localisation
+from patchclamp.store.sections import Localisation
 from patchclamp.study.located import parts_of
 from patchclamp.study.work import Work
 

@@ -22,7 +22,8 @@ from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.parts import Fallback, Parts, edges, gated
 from patchclamp.scores import Scores
-from patchclamp.store.record import Claim, Localisation
+from patchclamp.store.record import Claim
+from patchclamp.store.sections import Localisation
 from patchclamp.study.plan import Plan
 from patchclamp.study.work import Work
 from patchclamp.tasks import Examples

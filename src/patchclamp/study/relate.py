@@ -34,7 +34,7 @@ from patchclamp.gating.mechanisms import mechanisms, told_by
 from patchclamp.methods import counted, groups_of
 from patchclamp.parts import Fallback, gated
 from patchclamp.scores import Part, Scores
-from patchclamp.store.record import Relations
+from patchclamp.store.sections import Relations
 from patchclamp.study.work import Work, second_of
 
 KEPT = 400
