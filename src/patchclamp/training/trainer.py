@@ -85,6 +85,9 @@ def train(
     if begun:
         checkpoint.restore(out, model, optimizer, step)
         rows = [row for row in pl.read_parquet(out / "metrics.parquet").rows() if row[0] <= step]
+    else:
+        for clamp in clamps:
+            clamp.updated(model, 0)
     seen = {at for at, _, _ in rows}
     kept, unkept = set(training.kept), step if step not in training.kept else None
     while True:
@@ -142,6 +145,8 @@ def _update(
     if training.clip is not None:
         torch.nn.utils.clip_grad_norm_([p for p in model.hf.parameters() if p.grad is not None], training.clip)
     optimizer.step()
+    for clamp in clamps:
+        clamp.updated(model, step + 1)
     return total
 
 
