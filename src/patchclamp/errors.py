@@ -41,6 +41,10 @@ class MetricError(PatchclampError):
     """A metric that the batch or the method cannot serve."""
 
 
+class MeasureError(PatchclampError):
+    """A measure of a model that these rows, this model or so few checkpoints cannot serve; says what would."""
+
+
 class NumericsError(PatchclampError):
     """NaN or infinite values where a number was needed; names the place."""
 
