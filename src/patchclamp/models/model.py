@@ -15,11 +15,12 @@ from torch import Tensor
 from patchclamp.errors import NumericsError
 from patchclamp.models.anatomy import Anatomy, input_device
 from patchclamp.models.editing import Edits, Pass, Stretch, visitors
+from patchclamp.models.finding import every_site, named
 from patchclamp.models.sampling import Generation
 from patchclamp.models.scope import still
 from patchclamp.models.session import Session
 from patchclamp.models.standing import Start
-from patchclamp.sites import KINDS, PER_HEAD, PER_KV, Site, select
+from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
 Inputs = Batch | str | Sequence[str] | Int[Tensor, "row position"]
@@ -121,17 +122,7 @@ class Model:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """Every site this model has, whole layers and single heads (neurons and experts as whole layers), in forward order."""
-        found = [Site(kind) for kind in ("embed", "final", "logits")]
-        for layer, sizes in enumerate(self.anatomy.sizes):
-            for kind in KINDS:
-                site = Site(kind, layer)
-                if kind in ("embed", "final", "logits") or self.anatomy.why_not(site):
-                    continue
-                if kind not in ("head", "write"):
-                    found.append(site)
-                count = sizes.heads if kind == "head" or kind in PER_HEAD else sizes.kv_heads if kind in PER_KV else 0
-                found += [Site(kind, layer, index) for index in range(count)]
-        return tuple(sorted(found))
+        return every_site(self.anatomy)
 
     def describe_sites(self) -> list[dict[str, str | bool]]:
         """What `patchclamp sites` prints: each kind of site with its axes and sizes, or why the model lacks it."""
@@ -275,18 +266,7 @@ class Model:
 
     def find(self, sites: str | Site | Iterable[str | Site]) -> tuple[Site, ...]:
         """The sites that patterns name; raises `SiteError` where the model has none, with the reason."""
-        given = [sites] if isinstance(sites, str | Site) else list(sites)
-        found: list[Site] = []
-        for item in given:
-            if isinstance(item, str) and ("*" in item or "-" in item.partition(".")[0]):
-                body, at, where = item.partition("@")
-                chosen = select(body, self.sites)
-                found += [site.at(Site.parse(f"embed@{where}").position) for site in chosen] if at else chosen
-            else:
-                site = Site.parse(item) if isinstance(item, str) else item
-                self.anatomy.require(site)
-                found.append(site)
-        return tuple(sorted(set(found)))
+        return named(self.anatomy, self.sites, sites)
 
     def batch(self, inputs: Inputs) -> Batch:
         """Anything that can be run, as a batch."""
