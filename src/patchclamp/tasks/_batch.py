@@ -84,7 +84,7 @@ class Batch:
                 raise TaskError(f"there is no span {position!r} here: the task names {', '.join(sorted(self.spans)) or 'none'}")
             span = self.spans[position]
             return (column >= span[:, :1]) & (column < span[:, 1:])
-        first = n - self.mask.sum(-1, keepdim=True)
+        first = self.mask.long().argmax(-1, keepdim=True)  # rows of a training may be padded on the right
         last = self.spans["end"][:, :1]
         wanted = first + position if position >= 0 else last + 1 + position
         if bool(((wanted < first) | (wanted >= n)).any()):

@@ -9,8 +9,8 @@ clamps and the model it began with: the same again, killed or not, ends in the s
 
 from patchclamp.training.clamp import Clamp
 from patchclamp.training.data import Data, Rows
-from patchclamp.training.loss import next_token
+from patchclamp.training.loss import held_out, next_token
 from patchclamp.training.plan import Training, log_spaced
 from patchclamp.training.trainer import Trained, train
 
-__all__ = ["Clamp", "Data", "Rows", "Trained", "Training", "log_spaced", "next_token", "train"]
+__all__ = ["Clamp", "Data", "Rows", "Trained", "Training", "held_out", "log_spaced", "next_token", "train"]

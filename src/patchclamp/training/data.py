@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchclamp.errors import TrainingError
+from patchclamp.tasks._batch import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,11 +16,14 @@ class Rows:
     """Rows of one update, and how much the prediction of each token counts.
 
     Args:
-        tokens: ids; rows that are shorter are padded on the right, where causal attention never looks back from.
+        tokens: ids; rows that are shorter are padded, on the right or on the left.
         weights: by predicted token: weights[i, j] is what the loss of predicting tokens[i, j] from those before it counts.
             The first column is never predicted. Padding has weight 0.
         mask: real tokens; None: all of them.
         labels: numbers of each row that measures and clamps may want (its class, its rule); never seen by the model.
+
+    Raises:
+        TrainingError: shapes that do not fit each other, or padding that would be predicted.
     """
 
     tokens: Int[Tensor, "row position"]
@@ -28,10 +32,15 @@ class Rows:
     labels: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens.shape[1] < 2 or not bool((self.weights[:, 1:] != 0).any()):
+        if self.tokens.shape[1] < 2:
+            raise TrainingError(f"rows of shape {tuple(self.tokens.shape)} ask for no prediction: give at least two tokens a row")
+        if self.weights.shape != self.tokens.shape or (self.mask is not None and self.mask.shape != self.tokens.shape):
+            raise TrainingError(f"tokens are {tuple(self.tokens.shape)}: weights and mask must be of the same shape")
+        if self.mask is not None and not bool(self.mask.any(1).all()):
+            raise TrainingError("a row has no real token: leave it out")
+        if self.mask is not None and bool(self.weights[~self.mask].any()):
             raise TrainingError(
-                f"rows of shape {tuple(self.tokens.shape)} ask for no prediction: give at least two tokens a row and a weight "
-                "above 0 behind the first"
+                "padding has a weight other than 0, but there is nothing to predict: multiply weights by the mask"
             )
 
     @property
@@ -39,8 +48,24 @@ class Rows:
         """Real tokens."""
         return torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else self.mask
 
+    @property
+    def weight(self) -> float:
+        """Sum of weights of what is predicted."""
+        return float(self.weights[:, 1:].sum(dtype=torch.float64))
+
+    @property
+    def batch(self) -> Batch:
+        """The rows as what models' edits look at: positions counted from each row's first real token, `end` its last one."""
+        mask, none = self.real, torch.zeros(0, dtype=torch.long, device=self.tokens.device)
+        count = self.tokens.shape[1]
+        last = count - 1 - mask.flip(1).long().argmax(1)
+        return Batch(
+            tokens=self.tokens, mask=mask, corrupt=None, target_row=none, target_position=none, answers=none[:, None], wrong=None,
+            example=torch.arange(len(mask)), sign=torch.ones(len(mask)), spans={"end": torch.stack([last, last + 1], 1)}, examples=(),
+        )  # fmt: skip
+
     def split(self, parts: int) -> "list[Rows]":
-        """The same rows in so many pieces of nearly one size."""
+        """The same rows in so many pieces of nearly one size (fewer, where there are fewer rows)."""
         return [self.at(piece) for piece in torch.arange(len(self.tokens)).tensor_split(parts) if len(piece)]
 
     def at(self, rows: Int[Tensor, " chosen"]) -> "Rows":
@@ -48,12 +73,23 @@ class Rows:
         labels = None if self.labels is None else {name: value[rows] for name, value in self.labels.items()}
         return Rows(self.tokens[rows], self.weights[rows], None if self.mask is None else self.mask[rows], labels)
 
+    def to(self, device: torch.device | str) -> "Rows":
+        """The same rows on another device (themselves, where they are there already)."""
+        if self.tokens.device == torch.device(device):
+            return self
+        labels = None if self.labels is None else {name: value.to(device) for name, value in self.labels.items()}
+        mask = None if self.mask is None else self.mask.to(device)
+        return Rows(self.tokens.to(device), self.weights.to(device), mask, labels)
+
 
 @runtime_checkable
 class Data(Protocol):
     """What is trained on: a pure function of the step. The same step gives the same rows, in any process."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Says everything that the rows depend on: settings, seed, a digest of tensors or texts. It is part of a run's identity."""
+        ...
 
     def rows(self, step: int, count: int) -> Rows:
         """The rows of one update.

@@ -1,18 +1,58 @@
-"""Losses of one update."""
+"""Losses of one update, and a measure of the loss on rows that are set aside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from patchclamp.training.data import Rows
+from patchclamp.errors import TrainingError
+from patchclamp.training.data import Data, Rows
+
+if TYPE_CHECKING:
+    from patchclamp.models.model import Model
 
 Loss = Callable[[Float[Tensor, "row position token"], Rows], Float[Tensor, ""]]
+"""An average over rows, weighted by the sums of their weights: so the batch's is that of its pieces."""
 
 
 def next_token(logits: Float[Tensor, "row position token"], rows: Rows) -> Float[Tensor, ""]:
     """Weighted sum of -log p(token | those before it), in nats, over the sum of weights of these rows."""
-    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), rows.tokens[:, 1:], reduction="none")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    losses = cross_entropy(wide[:, :-1].transpose(1, 2), rows.tokens[:, 1:], reduction="none")
     weights = rows.weights[:, 1:].to(losses)
     return (losses * weights).sum() / weights.sum()
+
+
+def held_out(
+    data: Data, rows: int = 64, batch: int = 32, loss: Loss = next_token, name: str = "held-out loss"
+) -> Callable[["Model", int], Mapping[str, float]]:
+    """A measure: the loss on rows that are never trained on (those of step -1).
+
+    Args:
+        data: the training's.
+        rows: how many.
+        batch: at most so many at once.
+        loss: of the logits and the rows.
+        name: in the metrics.
+
+    Cost: one forward pass over the rows.
+    """
+    from patchclamp.training.forward import logits_of
+
+    if rows < 1 or batch < 1:
+        raise TrainingError(f"{rows} rows set aside, {batch} at once, were asked: give 1 or more of each")
+    kept = data.rows(-1, rows)
+
+    def measure(model: "Model", step: int) -> Mapping[str, float]:
+        total = 0.0
+        with torch.no_grad():
+            for piece in kept.split(-(-len(kept.tokens) // batch)):
+                if weight := piece.weight:
+                    here = piece.to(model.device)
+                    total += weight * float(loss(logits_of(model, here), here))
+        return {name: total / kept.weight}
+
+    return measure

@@ -1,28 +1,31 @@
 """The trainer: updates, clamps, measures, checkpoints; killed and begun again it ends in the same weights."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import polars as pl
-import torch
 
-from patchclamp.errors import NumericsError, TrainingError
-from patchclamp.files import write_atomically
-from patchclamp.models.inputs import token_batch
+from patchclamp.errors import TrainingError
 from patchclamp.models.model import Model
-from patchclamp.training import checkpoint
+from patchclamp.training import checkpoint, distributed
 from patchclamp.training.clamp import Clamp
-from patchclamp.training.data import Data, Rows
+from patchclamp.training.data import Data
+from patchclamp.training.identity import claim, identity, provenance
+from patchclamp.training.interrupt import Interrupt
 from patchclamp.training.loss import Loss, next_token
+from patchclamp.training.metrics import UPDATE, Metrics
 from patchclamp.training.plan import Training
+from patchclamp.training.update import Update
 
 Measure = Callable[[Model, int], Mapping[str, float]]
-"""(model, step) -> numbers by name. Must leave the model as it is."""
+"""(model, step) -> numbers by name. Must leave the model as it is. It runs in evaluation mode, in the first process only."""
 Progress = Callable[[int, Mapping[str, float]], None]
 """Called with a step and its numbers, whenever measures were taken."""
+Tick = Callable[[int, int, Mapping[str, float]], None]
+"""Called with updates done, of how many, and the last update's numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class Trained:
     Args:
         model: the model that was given, with its last weights.
         out: the run's folder: training.json, metrics.parquet, checkpoints/step-NNNNNNN.
-        metrics: a row per step and number: step, name, value.
+        metrics: a row per step and number: step, name, value. Of an update: loss, rate, gradient, tokens (see `metrics.UPDATE`).
     """
 
     model: Model
@@ -59,11 +62,15 @@ def train(
     measures: Sequence[Measure] = (),
     loss: Loss = next_token,
     progress: Progress | None = None,
+    tick: Tick | None = None,
 ) -> Trained:
     """Train a model's weights in place, or go on with a run that was cut off.
 
+    On one process, or on those of torch.distributed: then each calls this alike, with the same folder; the first one writes.
+    Modes (train, eval) and hooks are left as they were found; gradients are cleared.
+
     Args:
-        model: a model object (`Model.load(hf_model)`); its weights that require gradients are changed.
+        model: a model (`begin`, `lora`, `Model.load`); its weights that require gradients are changed.
         data: rows by step.
         training: the numbers.
         out: the run's folder. One that holds a run of the same training goes on from its last checkpoint.
@@ -71,122 +78,129 @@ def train(
         measures: what is measured every `training.evaluate` steps and at every checkpoint.
         loss: of the logits and the rows.
         progress: called whenever measures were taken.
+        tick: called after every update.
 
     Raises:
-        TrainingError: the folder holds another training, or a damaged checkpoint.
-        NumericsError: the loss is not finite.
+        TrainingError: the folder holds another training, or a damaged checkpoint; rows that the model cannot take.
+        NumericsError: the loss or its gradient is not finite.
+        KeyboardInterrupt: Ctrl-C; the state behind the last update is written first. (A second Ctrl-C does not wait for it.)
     """
-    out = Path(out)
-    _claim(out, model, data, training, clamps)
-    optimizer = build_optimizer(model, training)
-    begun = checkpoint.steps_of(out)
-    step = begun[-1] if begun else 0
-    rows: list[tuple[int, str, float]] = []
-    if begun:
-        checkpoint.restore(out, model, optimizer, step)
-        rows = [row for row in pl.read_parquet(out / "metrics.parquet").rows() if row[0] <= step]
-    else:
-        for clamp in clamps:
-            clamp.updated(model, 0)
-    seen = {at for at, _, _ in rows}
-    kept, unkept = set(training.kept), step if step not in training.kept else None
-    while True:
-        due = step in kept or step % training.evaluate == 0 or step == training.steps
-        if due and step not in seen:
-            numbers = {name: value for measure in measures for name, value in measure(model, step).items()}
-            rows += [(step, name, float(value)) for name, value in numbers.items()]
-            if progress is not None:
-                progress(step, numbers)
-        if step in kept or (step % training.save == 0 and step):
-            _write_metrics(out, rows)  # before the checkpoint, so that one is never without its numbers
-            checkpoint.keep(out, model, optimizer, step)
-            if unkept is not None and unkept != step:
-                checkpoint.drop(out, unkept)
-            unkept = None if step in kept else step
-        if step >= training.steps:
-            break
-        rows.append((step, "loss", _update(model, optimizer, data, training, clamps, loss, step)))
-        step += 1
-    return Trained(model, out, _write_metrics(out, rows))
+    with _as_found(model):
+        return _Run(model, data, training, Path(out), clamps, measures, loss, progress, tick).carry_out()
 
 
-def build_optimizer(model: Model, training: Training) -> torch.optim.Optimizer:
-    """AdamW, or SGD; weight decay on tensors of two axes and more."""
-    weights = [p for p in model.hf.parameters() if p.requires_grad]
-    if not weights:
-        raise TrainingError(f"{model.name} has no weights that require gradients: nothing can be trained")
-    groups = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": training.decay},
-        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=training.rate, momentum=training.betas[0])
-    return torch.optim.AdamW(groups, lr=training.rate, betas=training.betas, eps=training.epsilon)
+class _Run:
+    """One call of `train`."""
+
+    def __init__(
+        self, model: Model, data: Data, training: Training, out: Path, clamps: Sequence[Clamp], measures: Sequence[Measure],
+        loss: Loss, progress: Progress | None, tick: Tick | None,
+    ) -> None:  # fmt: skip
+        distributed.require_room(training.batch)
+        self.model, self.training, self.out, self.first = model, training, out, distributed.rank() == 0
+        self.measures, self.progress, self.tick = measures, progress, tick
+        distributed.alike(model.hf)
+        self.update = Update(model, data, training, clamps, loss)
+        self.update.require_fit()
+        said = identity(model, data, training, clamps, loss)
+        if self.first:
+            claim(out, said)
+        self.step = self._go_on()
+        self.metrics = Metrics(out, self.step) if self.first else None
+        self.tokens = self.metrics.tokens if self.metrics else 0.0
+        self.begun, self.timed = time.time(), [(self.step, time.perf_counter())]
+
+    def carry_out(self) -> Trained:
+        """Everything that is left."""
+        training, model = self.training, self.model
+        object.__setattr__(
+            model, "loaded", False
+        )  # its weights are no longer those of files, whose hash would be taken for theirs
+        unkept = None if self.step in training.kept else self.step
+        with Interrupt() as interrupt:
+            while True:
+                due = self.step in training.kept
+                if due or self.step % training.evaluate == 0:
+                    self._measure()
+                if due or (self.step % training.save == 0 and self.step) or interrupt.asked:
+                    unkept = self._save(due, unkept)
+                if interrupt.asked:
+                    raise KeyboardInterrupt
+                if self.step >= training.steps:
+                    break
+                self._advance(interrupt)
+        frame = self.metrics.whole() if self.metrics else pl.DataFrame()
+        distributed.together(model.device)
+        return Trained(replace(model, loaded=False), self.out, frame)
+
+    def _go_on(self) -> int:
+        """Load the last checkpoint, if there is one; the step that it is behind."""
+        distributed.together(self.model.device)
+        step = distributed.agreed(checkpoint.resumable(self.out) if self.first else None, self.model.device)
+        if step is None:
+            for clamp in self.update.clamps:
+                clamp.updated(self.model, 0)
+            return 0
+        if step not in checkpoint.steps_of(self.out):
+            raise TrainingError(f"process {distributed.rank()} does not see {self.out}: give a folder that all processes share")
+        checkpoint.restore(self.out, self.model, self.update.optimizer, self.update.scaler, step)
+        return step
+
+    def _advance(self, interrupt: Interrupt) -> None:
+        numbers, interrupt.asked = self.update(self.step, interrupt.asked)
+        self.tokens += numbers["tokens"]
+        numbers["tokens"] = self.tokens
+        if self.metrics:
+            self.metrics.add(self.step, numbers)
+        self.step += 1
+        if self.tick is not None and self.first:
+            self.tick(self.step, self.training.steps, numbers)
+
+    def _measure(self) -> None:
+        if self.metrics is None or self.step in self.metrics.measured:
+            return
+        self.model.hf.eval()
+        numbers: dict[str, float] = {}
+        for measure in self.measures:
+            numbers |= measure(self.model, self.step)
+        if taken := sorted(set(numbers) & set(UPDATE)):
+            raise TrainingError(f"a measure is called {taken[0]!r}, which is a number of the update: choose another name")
+        self.metrics.add(self.step, numbers)
+        self.metrics.measured.add(self.step)
+        if self.progress is not None:
+            self.progress(self.step, numbers)
+
+    def _save(self, kept: bool, unkept: int | None) -> int | None:
+        """Numbers first, so that no checkpoint is without its own; returns the step of the state that need not be kept."""
+        if self.metrics:
+            self.metrics.whole() if kept else self.metrics.piece(self.step)
+            checkpoint.keep(self.out, self.model, self.update.optimizer, self.update.scaler, self.step)
+            self._provenance()
+            if unkept is not None and unkept != self.step:
+                checkpoint.drop(self.out, unkept)
+            if self.training.states == "last":
+                for step in checkpoint.steps_of(self.out):
+                    if step < self.step:
+                        checkpoint.forget(self.out, step)
+        distributed.together(self.model.device)
+        return None if kept else self.step
+
+    def _provenance(self) -> None:
+        """Versions and seconds, apart from what is compared: a file per call that trained."""
+        self.timed.append((self.step, time.perf_counter()))
+        start = self.timed[0][1]
+        body = {**provenance(self.model, distributed.world()), "began": self.begun,
+                "seconds": [[step, round(at - start, 4)] for step, at in self.timed]}  # fmt: skip
+        (self.out / "provenance").mkdir(exist_ok=True)
+        checkpoint.write_json(self.out / "provenance" / f"{self.begun:.3f}.json", body)
 
 
-def _update(
-    model: Model, optimizer: torch.optim.Optimizer, data: Data, training: Training, clamps: Sequence[Clamp], loss: Loss, step: int
-) -> float:
-    """One update; returns the loss of its rows before it."""
-    for group in optimizer.param_groups:
-        group["lr"] = training.rate_at(step)
-    optimizer.zero_grad(set_to_none=True)
-    pieces = data.rows(step, training.batch).split(training.accumulate)
-    whole = sum(float(piece.weights[:, 1:].sum()) for piece in pieces)
-    total = 0.0
-    with torch.random.fork_rng():
-        torch.manual_seed(training.seed * 1_000_003 + step)  # what is drawn depends on the step, not on what ran before
-        for piece in pieces:
-            share = float(piece.weights[:, 1:].sum()) / whole
-            total += share * _backward(model, piece, training, clamps, loss, step, share)
-    for clamp in clamps:
-        clamp.gradients(model, step)
-    if training.clip is not None:
-        torch.nn.utils.clip_grad_norm_([p for p in model.hf.parameters() if p.grad is not None], training.clip)
-    optimizer.step()
-    for clamp in clamps:
-        clamp.updated(model, step + 1)
-    return total
-
-
-def _backward(
-    model: Model, rows: Rows, training: Training, clamps: Sequence[Clamp], loss: Loss, step: int, share: float
-) -> float:
-    """Forward and backward of one piece, inside the clamps' edits."""
-    batch = token_batch(rows.tokens)
-    edits = [found for clamp in clamps if (found := clamp.edits(model, step, rows))]
-    model.hf.train()
+@contextmanager
+def _as_found(model: Model) -> Generator[None, None, None]:
+    """Put modes back and clear gradients, also after an exception."""
+    modes = [(module, module.training) for module in model.hf.modules()]
     with ExitStack() as stack:
-        for found in edits:
-            stack.enter_context(model.editing(found, batch))
-        if training.precision != "float32":
-            stack.enter_context(torch.autocast(model.device.type, getattr(torch, training.precision)))
-        logits = model.hf(input_ids=rows.tokens.to(model.device), use_cache=False).logits
-        value = loss(logits, rows)
-        if not bool(torch.isfinite(value)):
-            raise NumericsError(f"the loss is {value.item()} at step {step}: take a lower rate, or clip harder")
-        (value * share).backward()
-    model.hf.eval()
-    return float(value.item())
-
-
-def _claim(out: Path, model: Model, data: Data, training: Training, clamps: Sequence[Clamp]) -> None:
-    """Write what the run is, or see that what lies there is the same."""
-    said: dict[str, Any] = {"training": asdict(training), "data": data.name, "clamps": [repr(clamp) for clamp in clamps],
-                            "model": model.hf.config.to_dict()}  # fmt: skip
-    file = out / "training.json"
-    out.mkdir(parents=True, exist_ok=True)
-    if file.is_file():
-        import json
-
-        if json.loads(file.read_text()) != json.loads(json.dumps(said)):
-            raise TrainingError(f"{out} holds another training (see {file}): give another --out, or delete that folder")
-        return
-    checkpoint.write_json(file, said)
-
-
-def _write_metrics(out: Path, rows: Sequence[tuple[int, str, float]]) -> pl.DataFrame:
-    frame = pl.DataFrame(rows, schema={"step": pl.Int64, "name": pl.String, "value": pl.Float64}, orient="row")
-    write_atomically(out / "metrics.parquet", frame.write_parquet)
-    return frame
+        stack.callback(model.hf.zero_grad, set_to_none=True)
+        for module, training in modes:
+            stack.callback(setattr, module, "training", training)
+        yield
