@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from cases import tiny
+from patchclamp import methods
 from patchclamp.errors import NumericsError, PatchclampError
-from patchclamp.methods import effects
-from patchclamp.methods._agreement import against, compare
-from patchclamp.methods._sanity import randomised, sanity
+from patchclamp.methods import compare, effects, sanity
+from patchclamp.methods._agreement import against
+from patchclamp.methods._sanity import randomised
 from patchclamp.models.model import Model
 from patchclamp.parts import Nodes, nodes
 from test_parts import examples
@@ -85,3 +86,12 @@ def test_sanity_tells_a_method_that_follows_the_model_from_one_that_knows_nothin
         assert by["random", count]["similarity"] == pytest.approx(1)  # alike whatever the weights, and yet it knows nothing
         assert by["segments", count]["agreement"] > 0.9 > by["random", count]["agreement"]
     assert by["exact", 2]["similarity"] < 0.95
+
+
+def test_what_stands_beside_the_methods_has_public_names_and_is_no_method():
+    beside = ("compare", "largest_missed", "sanity")
+    assert all(callable(getattr(methods, name)) and name in methods.__all__ for name in beside)
+    assert not {*beside} & {*methods.method_names()}
+    assert all(hasattr(methods, name) for name in methods.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        getattr(methods, "nonsense")  # noqa: B009  pyright would see through a plain attribute

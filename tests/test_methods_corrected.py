@@ -13,9 +13,8 @@ from torch import Tensor
 from cases import tiny
 from patchclamp.edits import Put
 from patchclamp.errors import GateError, PatchclampError
-from patchclamp.methods import corrected, gradient
+from patchclamp.methods import corrected, gradient, largest_missed
 from patchclamp.methods._attention import key_changes, query_changes
-from patchclamp.methods._bound import largest_missed
 from patchclamp.metrics import METRICS, Metric
 from patchclamp.models.model import Model
 from patchclamp.parts import Nodes, edges, gated, nodes

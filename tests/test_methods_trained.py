@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchclamp.methods import effects, segments
-from patchclamp.methods._agreement import against, compare
+from patchclamp.methods import compare, effects, segments
+from patchclamp.methods._agreement import against
 from patchclamp.metrics import metric_named
 from patchclamp.models.model import Model
 from patchclamp.parts import Nodes, nodes

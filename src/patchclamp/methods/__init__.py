@@ -2,12 +2,15 @@
 
 A method is a function `samples(parts, batch, fallback, metric, seed) -> [part, example]`: each counted part's effect on each
 example's benefit (the metric, signed so that more is better). Positive: the part facilitates the behaviour.
+
+Beside the methods: `compare` (methods beside the exact effects), `sanity` (does a method follow the weights?) and `largest_missed`
+(how large an effect it may have missed).
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +23,18 @@ from patchclamp.parts import Fallback, Parts
 from patchclamp.scores import Part, Scores
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
+
+if TYPE_CHECKING:
+    from patchclamp.methods._agreement import compare
+    from patchclamp.methods._bound import largest_missed
+    from patchclamp.methods._sanity import sanity
+
+__all__ = [
+    "Direction", "Samples", "attribute", "compare", "counted", "effects", "groups_of", "largest_missed", "method_named", "method_names",
+    "name_of", "noise_floor", "passes_of", "sanity",
+]  # fmt: skip
+_HOMES = {"compare": "_agreement", "largest_missed": "_bound", "sanity": "_sanity"}
+"""Names that stand on what is below, and so are loaded when they are first used. Their files begin with `_`: they are no methods."""
 
 Samples = Callable[[Parts, Batch, Fallback, Metric, int], Float[Tensor, "part example"]]
 Direction = Literal["noising", "denoising"]
@@ -159,3 +174,9 @@ def counted(parts: Parts) -> list[Part]:
 def groups_of(examples: Examples) -> list[str]:
     """Which examples belong together when intervals are drawn: those of a named group, else a pair and its mirror."""
     return [example.group or str(sorted(str(prompt) for prompt in (example.clean, example.corrupt))) for example in examples]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
