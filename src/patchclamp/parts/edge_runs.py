@@ -20,11 +20,9 @@ from patchclamp.models.recording import Recorder
 from patchclamp.models.replay import capped, reference, trimmed, why_plain
 from patchclamp.models.standing import Start, projections, why_whole_vocabulary
 from patchclamp.models.tree import Pattern, grow
+from patchclamp.parts.limits import CACHE
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
-
-CACHE = 24 << 20
-"""Bytes that the widest activation of one folded pass may take on a CPU: more settings at once run slower, out of its cache."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from patchclamp.models.standing import Start
 from patchclamp.parts.compiling import acts_on, check_distinct, mix
 from patchclamp.parts.fallbacks import Fallback, Values, expand_to_rows
 from patchclamp.parts.labelled import Labelled
+from patchclamp.parts.limits import CACHE
 from patchclamp.parts.measuring import measured
 from patchclamp.parts.rules import rule
 from patchclamp.parts.slopes import slopes
@@ -29,8 +30,6 @@ from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 
 Routing = Literal["free", "frozen"]
-CACHE = 24 << 20
-"""Bytes that the widest activation of one folded pass may take on a CPU: more settings at once run slower, out of its cache."""
 
 
 def gated(

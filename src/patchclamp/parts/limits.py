@@ -10,6 +10,9 @@ from patchclamp.models.checkpointing import Room
 if TYPE_CHECKING:
     from patchclamp.parts.gated import Gated
 
+CACHE = 24 << 20
+"""Bytes that the widest activation of one folded pass may take on a CPU: more settings at once run slower, out of its cache."""
+
 
 @dataclass
 class Limits:
