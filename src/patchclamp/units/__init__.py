@@ -9,6 +9,7 @@ Every measure reads the model through `record`, so that it serves every family; 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from patchclamp.units.fourier import fourier
 from patchclamp.units.heads import copying, heads, in_context, losses, repeated
 from patchclamp.units.table import Numbers, tidy
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 MEASURES: "Mapping[str, Measure]" = {
     "heads": heads,
+    "fourier": fourier,
 }
 """By name: (model, rows or None for the measure's own) -> part, name, value, low, high, n."""
 
-__all__ = ["MEASURES", "Numbers", "copying", "heads", "in_context", "losses", "repeated", "tidy"]
+__all__ = ["MEASURES", "Numbers", "copying", "fourier", "heads", "in_context", "losses", "repeated", "tidy"]

@@ -3,8 +3,6 @@
 Paper: Olsson et al. 2022, In-context Learning and Induction Heads, https://arxiv.org/abs/2209.11895 (P045).
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import polars as pl
 import torch
@@ -14,13 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from patchclamp.errors import MeasureError
 from patchclamp.models.model import Inputs, Model
-from patchclamp.models.norms import held, scale_of
 from patchclamp.models.recording import head_writes
 from patchclamp.models.scope import unobserved
 from patchclamp.sites import Site
 from patchclamp.tasks import induction
 from patchclamp.tasks._tokens import Misfit, ids_of, special_prefix
-from patchclamp.units.table import HELD, Numbers, pieces, recorded, tidy
+from patchclamp.units.readout import straight
+from patchclamp.units.table import Numbers, pieces, recorded, tidy
 
 LENGTH = 25
 LOOKS = ("previous", "duplicate", "induction", "current", "first")
@@ -202,23 +200,12 @@ def _copies(
         )
     writes = head_writes(model.anatomy.layers[layer], v.to(z), values[Site("attn", layer)])
     said = tokens[:, :, None].expand(writes.shape[:-1])
-    found = [_judged(logits, own) for logits, own in _straight(model, writes.flatten(0, 2), said.flatten())]
+    found, done = [], 0
+    for logits in straight(model, writes.flatten(0, 2)):
+        found.append(_judged(logits, said.flatten()[done : done + len(logits)]))
+        done += len(logits)
     rank, raised = (torch.cat([one[place] for one in found]).unflatten(0, writes.shape[:-1]) for place in range(2))
     return rank, raised
-
-
-def _straight(
-    model: Model, writes: Float[Tensor, "write width"], said: Int[Tensor, " write"]
-) -> Iterator[tuple[Float[Tensor, "some token"], Int[Tensor, " some"]]]:
-    """What writes add to the logits, through the final norm held at a divisor of 1; some at a time."""
-    norm, unembed = model.anatomy.norm, model.anatomy.unembed
-    scale = scale_of(norm, writes.shape[-1])
-    size = max(1, HELD // int(model.anatomy.config.vocab_size))
-    one = torch.ones(1, 1, 1, device=writes.device)
-    nothing = unembed(norm(torch.zeros_like(writes[:1, None])))
-    for start in range(0, len(writes), size):
-        some = writes[start : start + size, None]
-        yield (unembed(held(norm, scale, some, one)) - nothing)[:, 0].double(), said[start : start + size]
 
 
 def _judged(

@@ -53,9 +53,9 @@ def tidy(found: Sequence[Numbers], seed: int = 0, resamples: int = 1000) -> pl.D
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 
 
-def exactly(rows: Sequence[tuple[str, str, float]]) -> pl.DataFrame:
-    """The same table of numbers that are no means (of weights, of a whole): no interval, n = 1; NaN is null."""
-    found = [(part, name, None if isnan(value) else value, None, None, 1) for part, name, value in rows]
+def exactly(rows: Sequence[tuple[str, str, float]], n: int = 1) -> pl.DataFrame:
+    """The same table of numbers that are no means of a sample (of weights; of all `n` inputs there are): no interval; NaN is null."""
+    found = [(part, name, None if isnan(value) else value, None, None, n) for part, name, value in rows]
     return pl.DataFrame(found, schema=SCHEMA, orient="row")
 
 
