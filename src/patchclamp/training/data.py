@@ -1,7 +1,9 @@
 """Data: rows of tokens as a function of the step, so that order survives a restart by itself."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -99,3 +101,14 @@ class Data(Protocol):
             count: how many rows.
         """
         ...
+
+
+def tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
+    """SHA-256 (hex) of named tensors with their dtypes and shapes; for the name of data, and of the weights that a run begins with."""
+    state = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        if value is not None:
+            state.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            body: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            state.update(body)
+    return state.hexdigest()

@@ -1,6 +1,5 @@
 """Identity: what tells one training from another, written before anything is trained and compared before going on."""
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from patchclamp.errors import TrainingError
 from patchclamp.models.model import Model
 from patchclamp.training import checkpoint
 from patchclamp.training.clamp import Clamp
-from patchclamp.training.data import Data
+from patchclamp.training.data import Data, tensors_digest
 from patchclamp.training.loss import Loss
 from patchclamp.training.plan import Training
 
@@ -52,11 +51,8 @@ def identity(model: Model, data: Data, training: Training, clamps: Sequence[Clam
 
 def weights_digest(model: Model) -> str:
     """SHA-256 of the weights by name, with dtypes, shapes, and which of them are trained."""
-    state, trained = hashlib.sha256(), {name for name, weight in model.hf.named_parameters() if weight.requires_grad}
-    for name, value in sorted(model.hf.state_dict().items()):
-        state.update(f"{name} {value.dtype} {tuple(value.shape)} {name in trained}\n".encode())
-        state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()
+    trained = {name for name, weight in model.hf.named_parameters() if weight.requires_grad}
+    return tensors_digest({f"{name} {name in trained}": value for name, value in model.hf.state_dict().items()})
 
 
 def claim(out: Path, said: Mapping[str, Any]) -> None:

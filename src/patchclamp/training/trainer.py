@@ -85,7 +85,7 @@ def train(
         NumericsError: the loss or its gradient is not finite.
         KeyboardInterrupt: Ctrl-C; the state behind the last update is written first. (A second Ctrl-C does not wait for it.)
     """
-    with _as_found(model):
+    with as_found(model):
         return _Run(model, data, training, Path(out), clamps, measures, loss, progress, tick).carry_out()
 
 
@@ -196,7 +196,7 @@ class _Run:
 
 
 @contextmanager
-def _as_found(model: Model) -> Generator[None, None, None]:
+def as_found(model: Model) -> Generator[None, None, None]:
     """Put modes back and clear gradients, also after an exception."""
     modes = [(module, module.training) for module in model.hf.modules()]
     with ExitStack() as stack:

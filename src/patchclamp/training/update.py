@@ -28,38 +28,49 @@ class Update:
         """Raise where the first rows are none that the model can take, or not as many as were asked for."""
         self._rows(0)
 
-    def __call__(self, step: int, stop: bool = False, rate: float | None = None) -> tuple[dict[str, float], bool]:
+    def __call__(self, step: int, stop: bool = False) -> tuple[dict[str, float], bool]:
         """One update; its numbers (loss, rate, gradient, tokens of this update), and whether any process was asked to stop.
 
         Args:
             step: updates before it.
             stop: whether this process was asked to stop.
-            rate: by default that of the plan.
         """
-        model, training = self.model, self.training
-        rate = training.rate_at(step) if rate is None else rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
         rows = self._rows(step)
-        whole, tokens = rows.weight, float(rows.real.sum())
-        total = 0.0
+        total = self._gradients(rows, step)
+        distributed.sum_gradients(self.weights)
+        total, stops = distributed.summed([total, float(stop)], self.model.device)
+        rate = self.training.rate_at(step)
+        numbers = {"loss": total, "rate": rate, "gradient": self._apply(step, rate), "tokens": float(rows.real.sum())}
+        if self.scaler.is_enabled():
+            numbers["scale"] = float(self.scaler.get_scale())
+        for clamp in self.clamps:
+            clamp.updated(self.model, step + 1)
+        return numbers, stops > 0
+
+    def tried(self, step: int) -> float:
+        """All the work of an update at rate 0, which leaves the weights as they are; real tokens of it."""
+        rows = self._rows(step)
+        self._gradients(rows, step)
+        self._apply(step, 0.0)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return float(rows.real.sum())
+
+    def _gradients(self, rows: Rows, step: int) -> float:
+        """This process's share of the whole gradient; returns its share of the loss."""
+        model, training = self.model, self.training
+        self.optimizer.zero_grad(set_to_none=True)
+        whole, total = rows.weight, 0.0
         model.hf.train()
         mine = rows.split(distributed.world())[distributed.rank()]
         with torch.random.fork_rng():
-            torch.manual_seed(
-                training.seed * 1_000_003 + step + 7919 * 2**32 * distributed.rank()
-            )  # by step, not by what ran before
+            # By step and process, not by what ran before.
+            torch.manual_seed(training.seed * 1_000_003 + step + 7919 * 2**32 * distributed.rank())
             for piece in mine.split(training.accumulate):
                 if share := piece.weight / whole:
                     total += share * self._backward(piece.to(model.device), step, share)
         model.hf.eval()
-        distributed.sum_gradients(self.weights)
-        total, stops = distributed.summed([total, float(stop)], model.device)
-        numbers = {"loss": total, "rate": rate, "gradient": self._apply(step), "tokens": tokens}
-        if self.scaler.is_enabled():
-            numbers["scale"] = float(self.scaler.get_scale())
-        return numbers, stops > 0
+        return total
 
     def _rows(self, step: int) -> Rows:
         rows = self.data.rows(step, self.training.batch)
@@ -86,8 +97,10 @@ class Update:
             self.scaler.scale(value * share).backward()
         return number
 
-    def _apply(self, step: int) -> float:
-        """Clamps and clipping change the gradients, the optimizer and clamps the weights; returns the norm before clipping."""
+    def _apply(self, step: int, rate: float) -> float:
+        """Clamps and clipping change the gradients, the optimizer the weights; returns the norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
         for clamp in self.clamps:
             clamp.gradients(self.model, step)
@@ -104,8 +117,6 @@ class Update:
             torch.nn.utils.clip_grads_with_norm_(self.weights, self.training.clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for clamp in self.clamps:
-            clamp.updated(self.model, step + 1)
         return number
 
 
