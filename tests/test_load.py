@@ -235,7 +235,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     refused("some/where/else", "there is no folder some/where/else: give a folder with config.json and weights, a hub name")
     refused(tmp_path / "nothing", "there is no folder ")
     refused(tmp_path, "is a folder without config.json")
-    refused("zoo/nothing", "there is no shipped model 'zoo/nothing': there is ")
+    refused("zoo/nothing", "there is no model 'zoo/nothing' that ships or was trained here: there is ")
     refused(nn.Linear(2, 2), "Linear is neither a transformers model nor a name or folder of one")
 
 
@@ -249,6 +249,8 @@ def test_folders_that_are_broken(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
     refused(folder, "holds weights as pytorch_model.bin only: pickle files are not read")
     weights.write_bytes(whole)
+    assert Model.load(folder).tokenizer is None
+    (folder / "tokenizer.json").write_text("{")
     refused(folder, "the tokenizer of ")
     Model.load(folder, tokenizer=Words())
     config = json.loads((folder / "config.json").read_text())

@@ -13,6 +13,11 @@ import torch
 from patchclamp.errors import ModelError
 
 
+VOCABULARY = ("tokenizer*", "vocab*", "merges.txt", "*.model")
+"""Files of a tokenizer. A folder with none of them is a model without one, which runs on token ids (transformers would make up a
+tokenizer that knows no words)."""
+
+
 def load(
     source: Any, *, tokenizer: Any, dtype: Any, device: Any, device_map: Any, revision: str | None, trust_remote_code: bool,
     quantization_config: Any,
@@ -138,7 +143,7 @@ def _tokenizer(given: Any, where: str | None, name: str, revision: str | None, t
     if given is not None and not isinstance(given, str | os.PathLike):
         return given
     place = resolve(str(given)) if given is not None else where
-    if place is None:
+    if place is None or (given is None and Path(place).is_dir() and not any(any(Path(place).glob(name)) for name in VOCABULARY)):
         return None
     from transformers import AutoTokenizer
 
