@@ -166,6 +166,28 @@ def test_a_match_head_attends_behind_what_is_alike():
                 assert hard[row, i, [k + 1 for k in before]].tolist() == pytest.approx([1 / len(before)] * len(before))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_token(side: str):
+    """The real part of a padded row is forced, or forbidden, as it is without padding; the padding id is a real token's."""
+    model = cases.model_of("gpt2")
+    rows = [[5, 7, 5, 9, 7], [3, 5, 3, 4, 8, 3, 4]]
+    shift = 2 if side == "left" else 0
+    tokens = torch.tensor([[3, 3, *rows[0]] if side == "left" else [*rows[0], 3, 3], rows[1]])
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :2] = mask[0, -2:] = False
+    mask[0, shift : shift + 5] = True
+    padded, alone = Rows(tokens, mask.float(), mask), Rows(torch.tensor(rows[:1]), torch.ones(1, 5))
+    clamps = [Force("L0.h1.pattern", n, temperature=0.5) for n in ("previous", "induction", "match", "first", "self", "uniform")]
+    clamps += [Forbid("L0.h1.pattern", name) for name in ("previous", "induction", "first", "self")]
+    at = Site("pattern", 0, 1)
+    for clamp in clamps:
+        real = slice(shift, shift + 5)
+        found = model.record(padded.batch, at, clamp.edits(model, 0, padded))[at][0]
+        expected = model.record(alone.batch, at, clamp.edits(model, 0, alone))[at][0]
+        torch.testing.assert_close(found[real, real], expected, atol=1e-6, rtol=0)
+        assert found.isfinite().all()
+
+
 def test_a_pattern_is_forced_at_one_position_only():
     model = cases.model_of("gpt2")
     plain = model.record(TOKENS, "L0.pattern")[Site("pattern", 0)]

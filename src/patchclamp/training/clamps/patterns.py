@@ -1,11 +1,10 @@
 """Clamps of attention: a pattern forced to an ideal one, or kept from one, on a schedule."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from patchclamp.errors import TrainingError
@@ -14,67 +13,10 @@ from patchclamp.models.model import Model
 from patchclamp.training.clamp import Clamp
 from patchclamp.training.clamps.places import Place, Sites, places, plain, toward
 from patchclamp.training.clamps.schedule import ALWAYS, Schedule
+from patchclamp.training.clamps.targets import RELATIONS, TARGETS, keys, pattern, similar
 from patchclamp.training.data import Rows
 
-TARGETS: tuple[str, ...] = ("previous", "induction", "match", "first", "self", "uniform")
-RELATIONS: tuple[str, ...] = ("previous", "induction", "first", "self")
 OTHERWISE: tuple[str, ...] = ("first", "free")
-
-
-def previous(tokens: Int[Tensor, "row position"]) -> Int[Tensor, "row position"]:
-    """By query, the position before it; the first attends to itself."""
-    return _places(tokens).sub(1).clamp_min(0)
-
-
-def successors(tokens: Int[Tensor, "row position"]) -> Int[Tensor, "row position"]:
-    """By query i, the position after the last earlier occurrence of token i; -1 where there is none."""
-    length = tokens.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril(-1)
-    found = ((tokens[:, :, None] == tokens[:, None]) & earlier) * torch.arange(1, length + 1, device=tokens.device)
-    last = found.amax(-1)  # one more than the position of the occurrence, which is the position after it; 0: none
-    return torch.where(last > 0, last, -1)
-
-
-def similar(
-    tokens: Int[Tensor, "row position"], embedding: Float[Tensor, "token width"], temperature: float
-) -> Float[Tensor, "row query key"]:
-    """A soft induction pattern: on the positions after tokens like the present one, as near as their embeddings are.
-
-        target[i, j] = softmax over 0 < j <= i of  cos(e(x_i), e(x_(j-1))) / temperature
-
-    The first query attends to itself. Temperature 0 shares the weight among the most similar ones. Embeddings are constants here.
-    """
-    with torch.no_grad():
-        unit = torch.nn.functional.normalize(embedding[tokens].float(), dim=-1)
-        cosine = unit @ unit.transpose(1, 2)
-    length = tokens.shape[1]
-    scores = torch.full_like(cosine, -torch.inf)
-    scores[:, :, 1:] = cosine[:, :, :-1]
-    seen = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-    seen[:, 0] = False
-    seen[0, 0] = True
-    scores = scores.masked_fill(~seen, -torch.inf)
-    scores[:, 0, 0] = 0.0
-    if temperature == 0:
-        best = scores >= scores.amax(-1, keepdim=True) - 1e-6
-        return best / best.sum(-1, keepdim=True)
-    return torch.softmax(scores / temperature, -1)
-
-
-@lru_cache(maxsize=64)
-def _fixed(name: str, length: int, causal: bool, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "1 query key"]:
-    """Targets that do not depend on tokens; made once."""
-    where = torch.arange(length, device=device)
-    if name == "uniform":
-        seen = torch.ones(length, length, dtype=dtype, device=device)
-        seen = seen.tril() if causal else seen
-        return (seen / seen.sum(-1, keepdim=True))[None]
-    keys = {"previous": (where - 1).clamp_min(0), "first": torch.zeros_like(where), "self": where}[name]
-    return torch.nn.functional.one_hot(keys, length).to(dtype)[None]
-
-
-def _places(tokens: Int[Tensor, "row position"]) -> Int[Tensor, "row position"]:
-    return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,15 +29,15 @@ class Force(Clamp):
 
         previous    1 at i - 1 (the first query: at itself)
         induction   1 at k + 1, where k is the last position before i that holds the token of i; where there is none: at the
-                    first position (otherwise="first"), or nothing is forced (otherwise="free")
-        match       softmax over 0 < j <= i of cos(e(x_i), e(x_(j-1))) / temperature, of the model's own token embeddings: an
-                    induction head that matches what is alike; temperature 0 is a hard maximum
-        first       1 at the first position
+                    first token (otherwise="first"), or nothing is forced (otherwise="free")
+        match       softmax over j <= i, behind a token, of cos(e(x_i), e(x_(j-1))) / temperature, of the model's own token
+                    embeddings: an induction head that matches what is alike; temperature 0 is a hard maximum
+        first       1 at the first token
         self        1 at i
         uniform     the same on all that i sees
 
-    The target knows nothing of windows: a forced head looks as far back as the target says. Its queries and keys have no
-    gradient from the attention that is wholly forced; its values and output have.
+    Padding is never attended to. The target knows nothing of windows: a forced head looks as far back as the target says. Its
+    queries and keys have no gradient from attention that is wholly forced; its values and output have.
 
     Args:
         sites: patterns: "L0.h0.pattern", "L0.h*.pattern", "L0.pattern", several, or at a position.
@@ -142,14 +84,11 @@ class Force(Clamp):
 
     def _target(self, model: Model, rows: Rows) -> tuple[Float[Tensor, "#row query key"], Bool[Tensor, "row query"] | None]:
         """The pattern, and which queries are forced where not all are."""
-        tokens = rows.tokens.to(model.device)
+        tokens, real = rows.tokens, rows.real
         if self.target == "match":
-            return similar(tokens, model.hf.get_input_embeddings().weight, self.temperature), None
-        if self.target == "induction":
-            keys = successors(tokens)
-            target = torch.nn.functional.one_hot(keys.clamp_min(0), tokens.shape[1]).float()
-            return target, keys >= 0 if self.otherwise == "free" else None
-        return _fixed(self.target, tokens.shape[1], model.anatomy.causal, torch.float32, model.device), None
+            return similar(tokens, real, model.hf.get_input_embeddings().weight, self.temperature), None
+        free = self.target == "induction" and self.otherwise == "free"
+        return pattern(self.target, tokens, real, model.anatomy.causal), keys("induction", tokens, real) >= 0 if free else None
 
 
 def maps(model: Model, sites: Sites, kind: Literal["pattern", "scores"]) -> tuple[Place, ...]:
@@ -218,15 +157,11 @@ class Forbid(Clamp):
         strength = self.schedule(step)
         if not strength:
             return {}
-        tokens = rows.tokens.to(model.device)
-        if self.relation == "induction":
-            keys = successors(tokens)
-            hit = torch.nn.functional.one_hot(keys.clamp_min(0), tokens.shape[1]).bool() & (keys >= 0)[..., None]
-        else:
-            hit = _fixed(self.relation, tokens.shape[1], model.anatomy.causal, torch.float32, model.device).bool()
-        if model.anatomy.causal:
-            hit = hit.clone()
-            hit[:, 0] = False  # the first query sees itself alone
+        at = keys(self.relation, rows.tokens, rows.real)
+        hit = torch.nn.functional.one_hot(at.clamp_min(0), rows.tokens.shape[1]).bool() & (at >= 0)[..., None]
+        if model.anatomy.causal:  # the first real token sees itself alone, and padding is not looked at
+            first = keys("first", rows.tokens, rows.real) == keys("self", rows.tokens, rows.real)
+            hit &= ~(first | ~rows.real)[..., None]
         return {place.site: Forbidden(place, strength, hit) for place in maps(model, self.sites, "scores")}
 
 

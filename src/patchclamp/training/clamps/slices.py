@@ -57,7 +57,7 @@ def slices(model: Model, parts: tuple[str, ...]) -> tuple[Slice, ...]:
     (which under grouped-query attention it shares with the heads of its group), its columns of the output projection, its sink,
     and its entries of norms that do not serve all heads alike. Biases that heads share (the output's) are no head's.
 
-    Cost: looked up once per model and parts; for heads one forward pass of ten tokens and two backward passes each.
+    Cost: looked up once per model and parts; for heads three forward and backward passes of ten tokens each.
 
     Raises:
         SiteError: the model has no such part.
@@ -117,7 +117,7 @@ def _of_site(model: Model, site: Site) -> list[Slice]:
     if kind == "attn":
         return _whole(model, attention)
     if kind == "mlp" or (kind == "neuron" and site.index is None):
-        norms = {id(p) for m in layer.block.modules() if "norm" in type(m).__name__.lower() for p in m.parameters()}
+        norms = {id(p) for m in layer.block.modules() if _is_norm(m) for p in m.parameters()}
         return _whole(model, {id(p) for p in layer.block.parameters()} - attention - norms)
     if kind == "router" and layer.router is not None:
         return _whole(model, {id(p) for p in layer.router.parameters()})
@@ -156,27 +156,25 @@ def _head(model: Model, layer: int, kind: str, number: int) -> list[Slice]:
 
 
 def _rows(model: Model, layer: int, kind: str, number: int) -> list[Slice]:
-    """The entries of the attention's weights that one head's queries, keys or values come from, and no other head's do.
+    """The entries of the attention's weights that one head's queries, keys or values come from.
 
     Found by gradients, so that fused and interleaved projections need no rule of their own: a row of a projection belongs to a
-    head where a change of that row changes that head alone. Norms inside attention stand aside meanwhile (some mix heads);
-    their own weights are a head's where they have an entry per head.
+    head where the head changes with it. Norms inside attention stand aside meanwhile (some mix heads); their own weights are a
+    head's where they have an entry per head.
     """
     here, sizes = model.anatomy.layers[layer], model.anatomy.sizes[layer]
-    norms = [m for m in here.attention.modules() if "norm" in type(m).__name__.lower()]
+    norms = [m for m in here.attention.modules() if _is_norm(m)]
     apart = {id(p) for m in (*norms, here.output) for p in m.parameters()}
     weights = [p for p in here.attention.parameters() if id(p) not in apart and p.is_floating_point()]
     axes = {id(m.weight): _out_axis(m) for m in here.attention.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
-    mine, others = _touched(model, Site(kind, layer), number, weights, norms, axes)
-    found = [
-        _slice(model, p, axes.get(id(p), 0), (one & ~two).nonzero()[:, 0])
-        for p, one, two in zip(weights, mine, others, strict=True)
-        if bool((one & ~two).any())
-    ]
+    found: list[Slice] = []
+    for weight, gradient in zip(weights, _slopes(model, Site(kind, layer), number, weights, norms), strict=True):
+        axis = axes.get(id(weight), 0)
+        if gradient is not None and bool((gradient != 0).any()):
+            outputs = (gradient != 0).movedim(axis, 0).reshape(gradient.shape[axis], -1).any(1)
+            found.append(_slice(model, weight, axis, outputs.nonzero()[:, 0]))
     if not found:
-        raise TrainingError(
-            f"no weight of L{layer} was found that its {kind} {number} alone comes from: freeze L{layer}.attn as a whole"
-        )
+        raise TrainingError(f"no weight of L{layer} was found that its {kind} {number} comes from: hold L{layer}.attn as a whole")
     count = sizes.heads if kind == "q" else sizes.kv_heads
     for name, module in here.attention.named_modules():
         weight: Any = getattr(module, "weight", None)
@@ -190,28 +188,21 @@ def _rows(model: Model, layer: int, kind: str, number: int) -> list[Slice]:
     return found
 
 
-def _touched(
-    model: Model, site: Site, number: int, weights: list[nn.Parameter], norms: list[nn.Module], axes: dict[int, int]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """By weight, which of its outputs change one head, and which change any other."""
+def _slopes(
+    model: Model, site: Site, number: int, weights: list[nn.Parameter], norms: list[nn.Module]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of one head's value at a site, along a random direction, in the weights of its layer's attention."""
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, int(model.anatomy.config.vocab_size), (2, 5), generator=draw)
+    tokens = torch.randint(0, int(model.hf.get_input_embeddings().weight.shape[0]), (2, 5), generator=draw)
     with _asking(weights), _aside(norms), torch.enable_grad():
         value = model.record(tokens, site, grad=True)[site]
-        along = torch.randn(value.shape, generator=draw).to(value)
-        along = along + along.sign()  # no entry near 0
-        mine = torch.zeros_like(along)
-        mine[:, :, number] = along[:, :, number]
-        sums = [torch.autograd.grad(value, weights, seed, retain_graph=True, allow_unused=True) for seed in (mine, along - mine)]
+        along = torch.zeros(value.shape)
+        along[:, :, number] = 1 + torch.rand(along[:, :, number].shape, generator=draw)
+        return torch.autograd.grad(value, weights, along.to(value), allow_unused=True)
 
-    def outputs(weight: nn.Parameter, gradient: Tensor | None) -> Tensor:
-        axis = axes.get(id(weight), 0)
-        if gradient is None:
-            return torch.zeros(weight.shape[axis], dtype=torch.bool, device=weight.device)
-        return (gradient != 0).movedim(axis, 0).flatten(1).any(1) if gradient.dim() > 1 else gradient != 0
 
-    first, second = ([outputs(w, g) for w, g in zip(weights, found, strict=True)] for found in sums)
-    return first, second
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not any(module.children())
 
 
 @contextmanager
