@@ -55,10 +55,17 @@ def test_divergence_is_from_the_clean_run_whatever_runs():
 
 
 def test_verdicts_are_of_intervals():
+    """Inside the allowed range, partly, not at all; a number without an interval is inside or not."""
     found = Interval(0.4, 0.3, 0.55, 20)
-    assert claim("x", "1", found, 0.5, 1.0).verdict == "agrees"
-    assert claim("x", "1", found, 0.6, 1.0).verdict == "differs" and claim("x", "1", 0.55, 0.6, 1.0).verdict == "differs"
+    assert claim("x", "1", found, 0.3, 1.0).verdict == claim("x", "1", found, 0.0, 0.55).verdict == "agrees"
+    partly = claim("x", "1", found, 0.5, 1.0)
+    assert partly.verdict == "undecided" and "only partly" in partly.why and "undecided" in str(partly)
+    for low, high in ((0.0, 0.5), (0.35, 0.5), (0.55, 1.0), (0.0, 0.3)):
+        assert claim("x", "1", found, low, high).verdict == "undecided"
+    assert claim("x", "1", found, 0.6, 1.0).verdict == "differs" and claim("x", "1", found, 0.0, 0.2).verdict == "differs"
+    assert claim("x", "1", 0.55, 0.6, 1.0).verdict == "differs" and claim("x", "1", 0.6, 0.6, 1.0).verdict == "agrees"
     assert claim("x", "1", found, 0.6, 1.0, None).verdict == "differs"
+    assert claim("x", "1", Interval(0.1, -0.02, 0.2, 20), 0.0, 2.0, None).verdict == "undecided"  # it may be 0
     other = claim("x", "1", found, 0.6, 1.0, False)
     assert other.verdict == "not comparable" and "its own model" in other.why and "0.40 [0.30, 0.55]" in str(other)
 
@@ -93,7 +100,7 @@ def test_reuse_is_reproduced_on_the_shipped_model(cli, tmp_path):
     assert code == 0, err
     body = json.loads(out)
     assert body["rows"][0]["verdict"] == "not comparable"  # the paper's share is GPT-2 medium's
-    assert {row["verdict"] for row in body["rows"][1:]} <= {"agrees", "differs"} and body["about"]["universe"] == 36
+    assert {row["verdict"] for row in body["rows"][1:]} <= {"agrees", "undecided", "differs"} and body["about"]["universe"] == 36
     assert "<svg" in (tmp_path / "p032.svg").read_text()[:500] and not list(tmp_path.glob(".*"))
 
 
@@ -102,7 +109,9 @@ def test_reuse_is_reproduced_on_the_shipped_model(cli, tmp_path):
 def test_every_paper_on_the_shipped_model(name: str):
     found = reproduce(name, Model.load("zoo/small"), n=64)
     assert len(found.rows) >= 2 and found.table.height and found.figure.to_dict()
-    assert all(row.verdict in ("agrees", "differs", "not comparable") and np.isfinite(row.ours) for row in found.rows)
+    assert all(
+        row.verdict in ("agrees", "undecided", "differs", "not comparable") and np.isfinite(row.ours) for row in found.rows
+    )
     print(found)
 
 

@@ -30,7 +30,7 @@ def reproduce(
     device_map: DeviceMap = None, revision: Revision = None, tokenizer: Tokenizer = None, trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure what a paper reports again: its number, ours with an interval, a verdict, and the figure."""
+    """Measure what a paper reports again: its number, ours with an interval, whether it agrees, differs or is undecided, and the figure."""
     from patchclamp.reproduce import reproduce as run
     from patchclamp.reproduce import reproduction_names
 

@@ -1,7 +1,8 @@
 """Reproduce: what a paper reports, measured again on any model. The folder is the registry: `ioi-heads` is reproduce/ioi_heads.py.
 
-A reproduction says of each claim what the paper has, what comes out here with its interval, and whether that agrees. The numbers of a
-paper are of the paper's model: on another model only what is said of models in general can agree or differ.
+A reproduction says of each claim what the paper has, what comes out here with its interval, and whether that agrees (all of the interval
+lies where the claim allows), differs (none of it does) or is undecided (more prompts would tell). The numbers of a paper are of the
+paper's model: on another model only what is said of models in general can agree or differ.
 """
 
 import importlib

@@ -15,7 +15,7 @@ from patchclamp.scores.statistics import Interval
 from patchclamp.tasks import load_task
 from patchclamp.tasks._split import Split
 
-Verdict = Literal["agrees", "differs", "not comparable"]
+Verdict = Literal["agrees", "undecided", "differs", "not comparable"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Row:
         ours: what comes out here.
         low: of its 95 % interval, where it has one.
         high: of the same.
-        verdict: "agrees" where the interval meets the range that the claim allows.
+        verdict: "agrees" where the whole interval lies in the range that the claim allows, "differs" where none of it does, "undecided"
+            where a part does; of a number without an interval, the number itself; or "not comparable".
         why: that range, or why there is none.
     """
 
@@ -74,7 +75,9 @@ class Reproduction:
 def claim(
     what: str, paper: str, found: Interval | float, low: float | int, high: float | int, same_model: bool | None = True
 ) -> Row:
-    """A row that agrees where its interval meets [low, high]; not comparable where the paper's number is of another model only.
+    """A row that agrees where its interval lies in [low, high], differs where the two are disjoint, and is undecided between.
+
+    It is not comparable where the paper's number is of another model only.
 
     Args:
         what: what is measured.
@@ -86,8 +89,14 @@ def claim(
     """
     mean, ends = (found.mean, (found.low, found.high)) if isinstance(found, Interval) else (float(found), (None, None))
     least, most = (mean if end is None else end for end in ends)
-    verdict: Verdict = "agrees" if most >= low and least <= high else "differs"
+    verdict: Verdict = "undecided"
     why = f"{low:g} or more would agree" if high == inf else f"from {low:g} to {high:g} would agree"
+    if low <= least and most <= high:
+        verdict = "agrees"
+    elif most < low or least > high:
+        verdict = "differs"
+    else:
+        why += ", and the interval is only partly there"
     if same_model is False:
         verdict, why = "not comparable", "the paper's number is of its own model"
     return Row(what, paper, mean, *ends, verdict, why)
