@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from patchclamp.units.fourier import fourier
-from patchclamp.units.heads import copying, heads, in_context, losses, repeated
+from patchclamp.units.growth import foretell, growth
+from patchclamp.units.heads import copying, fitting, heads, in_context, losses, repeated
+from patchclamp.units.massive import intervene, massive, places
+from patchclamp.units.sinks import dormancy, sinks
 from patchclamp.units.table import Numbers, tidy
 
 if TYPE_CHECKING:
@@ -20,10 +23,25 @@ if TYPE_CHECKING:
 
     Measure = Callable[[Model, Inputs | None], pl.DataFrame]
 
+
+def own(measure: "Callable[[Model, Inputs], pl.DataFrame]") -> "Measure":
+    """A measure of any rows, with random tokens said twice where none are given."""
+
+    def measured(model: "Model", inputs: "Inputs | None" = None) -> "pl.DataFrame":
+        return measure(model, repeated(model, length=fitting(model)) if inputs is None else inputs)
+
+    return measured
+
+
 MEASURES: "Mapping[str, Measure]" = {
     "heads": heads,
+    "sinks": own(sinks),
+    "massive": own(massive),
     "fourier": fourier,
 }
 """By name: (model, rows or None for the measure's own) -> part, name, value, low, high, n."""
 
-__all__ = ["MEASURES", "Numbers", "copying", "fourier", "heads", "in_context", "losses", "repeated", "tidy"]
+__all__ = [
+    "MEASURES", "Numbers", "copying", "dormancy", "foretell", "fourier", "growth", "heads", "in_context", "intervene", "losses",
+    "massive", "places", "repeated", "sinks", "tidy",
+]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from patchclamp.errors import MeasureError
+from patchclamp.models.editing import Edits
 from patchclamp.models.model import Inputs, Model
 from patchclamp.models.recording import head_writes
 from patchclamp.models.scope import unobserved
@@ -221,15 +222,17 @@ def _judged(
 # --- learning in context
 
 
-def losses(model: Model, inputs: Inputs) -> Float[np.ndarray, "example position"]:
+def losses(model: Model, inputs: Inputs, edits: Edits | None = None) -> Float[np.ndarray, "example position"]:
     """-log p of every token given those before it, in nats, by its place in its row; NaN at the first, and past the end.
+
+    With edits, those of the edited model.
 
     Cost: one forward pass.
     """
     n = model.batch(inputs).tokens.shape[1]
     found: list[Tensor] = []
     for batch in pieces(model, inputs, n * int(model.anatomy.config.vocab_size)):
-        logits = model.run(batch)[:, :-1].float()
+        logits = model.run(batch, edits)[:, :-1].float()
         each = cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none").double()
         each = torch.nn.functional.pad(each, (1, 0), value=torch.nan)
         known = batch.mask & (batch.mask.long().cumsum(-1) > 1)

@@ -102,7 +102,9 @@ def recorded(
     wide = max(size.heads for size in model.anatomy.sizes)
     per_site = max(n * n * wide if {"pattern", "scores"} & set(kinds) else 0, n * model.width * (wide if "write" in kinds else 1))
     for piece in pieces(model, batch, per_site * len(sites)):
-        yield piece, model.record(piece, sites, edits)
+        with torch.no_grad():
+            values = model.record(piece, sites, edits)
+        yield piece, values
 
 
 def layers_with(model: Model, kind: str) -> list[Site]:
