@@ -44,6 +44,12 @@ def _flush(folder: Path) -> None:
         os.close(handle)
 
 
+def cache() -> Path:
+    """What costs time to make again: PATCHCLAMP_CACHE; by default `patchclamp` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PATCHCLAMP_CACHE") or Path(base) / "patchclamp")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from patchclamp.cli import bench, change, inspect, judge, look, patching, questions, relate, reproduce, sweep
+from patchclamp.cli import bench, change, inspect, judge, look, patching, questions, relate, reproduce, sweep, zoo
 from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ reproduce.add(app)
 change.add(app)
 inspect.add(app)
 look.add(app)
+zoo.add(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,10 +1,9 @@
-"""Commands that show what is there: tasks, families, zoo, runs, report."""
+"""Commands that show what is there: tasks, families, runs, report."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markdown import Markdown
 from rich.text import Text
 
 from patchclamp.cli import common
@@ -20,7 +19,6 @@ def add(app: typer.Typer) -> None:
     app.command("report")(report)
     app.command("tasks")(tasks)
     app.command("families")(families)
-    app.command("zoo")(zoo)
     app.command("runs")(runs)
 
 
@@ -111,33 +109,6 @@ def _special(family: "Family") -> list[str]:
         (not family.interface, "attention watched inside its module"),
     ) if given]  # fmt: skip
     return [*found, "parallel blocks"] if family.may_be_parallel else found
-
-
-def zoo(
-    name: Annotated[str | None, typer.Argument(help="A model to read about, as zoo/small or small.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the models that ship, and those wired by hand; or tell all about one."""
-    from patchclamp import zoo as shipped
-
-    if name is not None:
-        text = shipped.describe(name.removeprefix("zoo/"))
-        if as_json:
-            common.print_json({"model": f"zoo/{name.removeprefix('zoo/')}", "about": text})
-        else:
-            common.out.print(Markdown(text))
-        return
-    rows = [{"model": f"zoo/{one}", "about": _first_paragraph(shipped.describe(one))} for one in shipped.names()]
-    if as_json:
-        common.print_json({"trained": rows, "wired": list(shipped.wired_names())})
-        return
-    common.print_rows(rows)
-    common.out.print(Text(f'Wired by hand, for tests: patchclamp.zoo.wired("NAME"), NAME: {", ".join(shipped.wired_names())}'))
-
-
-def _first_paragraph(markdown: str) -> str:
-    paragraphs = (paragraph for paragraph in markdown.split("\n\n") if not paragraph.startswith("#"))
-    return " ".join(next(paragraphs, "").split())
 
 
 def runs(folder: Annotated[Path, typer.Argument(help="Where runs lie.")] = Path("runs"), as_json: Json = False) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from patchclamp.errors import ModelError
-
+from patchclamp.files import cache
 
 VOCABULARY = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 """Files of a tokenizer. A folder with none of them is a model without one, which runs on token ids (transformers would make up a
@@ -59,13 +59,17 @@ def load_tokenizer(name: str) -> Any:
 
 
 def resolve(name: str) -> str:
-    """`zoo/NAME` becomes the folder that ships with the package; an existing folder stays; the rest are hub names."""
+    """`zoo/NAME` becomes the folder that ships, or that was trained here and is cached; an existing folder stays; the rest are hub names."""
     if name.startswith("zoo/"):
-        root = Path(str(files("patchclamp"))) / "zoo"
-        folder = root / name.removeprefix("zoo/")
-        if not (folder / "config.json").is_file():
-            there = sorted(f"zoo/{path.parent.name}" for path in root.glob("*/config.json"))
-            raise ModelError(f"there is no shipped model {name!r}: there is {', '.join(there) or 'none'}")
+        own = name.removeprefix("zoo/")
+        places = [Path(str(files("patchclamp"))) / "zoo", cache() / "zoo"]
+        folder = next((place / own for place in places if (place / own / "config.json").is_file()), None)
+        if folder is None or Path(own).name != own:
+            there = sorted({f"zoo/{path.parent.name}" for place in places for path in place.glob("*/config.json")})
+            raise ModelError(
+                f"there is no model {name!r} that ships or was trained here: there is {', '.join(there) or 'none'}; `patchclamp zoo list` "
+                "says which others can be trained"
+            )
         return str(folder)
     path = Path(name).expanduser()
     if path.is_dir():

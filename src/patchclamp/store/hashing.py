@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchclamp.errors import StoreError
-from patchclamp.files import write_atomically
+from patchclamp.files import cache, write_atomically
 from patchclamp.store.codec import plain
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def weights_hash(
     outline = json.dumps([names, settings], sort_keys=True, default=str)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
     key = hashlib.sha256(json.dumps([outline, stats]).encode()).hexdigest()
-    cached = _cache() / f"{key}.hash"
+    cached = cache() / f"{key}.hash"
     if stats and cached.is_file() and len(known := cached.read_text()) == 64:
         return known
     state = hashlib.sha256(outline.encode())
@@ -81,8 +80,3 @@ def _bytes(value: "Tensor") -> Any:
     import torch
 
     return value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PATCHCLAMP_CACHE") or Path(base) / "patchclamp")

@@ -1,18 +1,22 @@
 """Models that ship: in folders (`names()`, loaded as `Model.load("zoo/small")`), hand-wired (`wired("induction")`), compiled.
 
-Compiled programs (`program("hist")`) ship in folders, too, without what is known of them.
+Others are trained by a recipe (`recipe_names()`, `train("grokking")`) and kept in the cache, where `Model.load("zoo/grokking")` finds
+them. Compiled programs (`program("hist")`) ship in folders, too, without what is known of them.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchclamp.errors import ModelError
+from patchclamp.files import cache
 
 if TYPE_CHECKING:
+    from patchclamp.models.model import Model
     from patchclamp.zoo._wired import Wired
     from patchclamp.zoo.compiled import Compiled
 
-__all__ = ["describe", "names", "path", "program", "program_names", "wired", "wired_names"]
+__all__ = ["describe", "load", "names", "path", "program", "program_names", "recipe_names", "train", "wired", "wired_names"]
 
 ROOM = Path(__file__).parent
 
@@ -23,14 +27,19 @@ def names() -> tuple[str, ...]:
 
 
 def path(name: str) -> Path:
-    """The folder of a trained or compiled model: config, weights, tokenizer, README.
+    """The folder of a trained or compiled model, that ships or was trained here: config, weights, tokenizer, README.
 
     Raises:
         ModelError: there is no such model.
     """
-    if name not in names():
-        raise ModelError(f"the zoo has no trained model {name!r}: choose from {', '.join(names())}")
-    return ROOM / name
+    trained = cache() / "zoo" / name
+    if name in names():
+        return ROOM / name
+    if Path(name).name == name and (trained / "config.json").is_file():
+        return trained
+    raise ModelError(
+        f"the zoo has no trained model {name!r}: choose from {', '.join(names())}; `patchclamp zoo list` has recipes"
+    )
 
 
 def describe(name: str) -> str:
@@ -40,6 +49,52 @@ def describe(name: str) -> str:
         ModelError: there is no such model.
     """
     return (path(name) / "README.md").read_text(encoding="utf-8")
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The models that `train` makes, by recipes kept in `zoo/recipes`, in the order of the papers' rows."""
+    from patchclamp.zoo.recipes import recipes
+
+    return tuple(recipes())
+
+
+def train(
+    name: str, seed: int = 0, out: Path | None = None, progress: "Callable[[int, Mapping[str, float]], None] | None" = None
+) -> "Model":
+    """Train a recipe's model and keep it in the cache; one that is there already, whole and by the same numbers, is loaded.
+
+    Args:
+        name: of a recipe.
+        seed: of the first weights and the data.
+        out: the run's folder (checkpoints, metrics); by default in the cache. A run that was cut off goes on.
+        progress: called with a step and its numbers, whenever measures were taken.
+
+    Raises:
+        ModelError: there is no such recipe.
+        TrainingError: its goal was not reached, so that nothing is kept; or `out` holds another training.
+
+    Cost: the recipe's minutes.
+    """
+    from patchclamp.zoo import _cache
+    from patchclamp.zoo.recipes import recipe
+
+    one = recipe(name)
+    if out is not None or _cache.place_of(one, seed) is None:
+        _cache.make(one, seed, out, progress=progress)
+    return _cache.load(one, seed)
+
+
+def load(name: str, seed: int = 0) -> "Model":
+    """A recipe's trained model, its weights checked against their hash and its numbers against the recipe's.
+
+    Raises:
+        ModelError: there is no such recipe, or it was not trained here yet, or by other numbers.
+        StoreError: the weights are damaged.
+    """
+    from patchclamp.zoo import _cache
+    from patchclamp.zoo.recipes import recipe
+
+    return _cache.load(recipe(name), seed)
 
 
 def wired_names() -> tuple[str, ...]:

@@ -146,19 +146,21 @@ def named(sites: set[Site]) -> str:
     return ", ".join(f"L{site.layer}.h{site.index}" for site in sorted(sites)) or "none"
 
 
-RECIPE = Recipe(
-    name="induction",
-    row="Z1",
-    about="2 layers of 4 heads without MLPs (Llama, width 64) on blocks of random words that repeat, at places that differ",
-    known="a previous-token head in layer 0 and, by its keys, an induction head in layer 1; both come at once, abruptly",
-    paper="Olsson et al. 2022, In-context Learning and Induction Heads, https://arxiv.org/abs/2209.11895",
-    minutes=2.0,
-    goals=(Goal("accuracy", least=0.99), Goal("loss", most=0.05)),
-    build=build,
-    data=Repeats,
-    training=Training(1000, batch=32, rate=1e-3, schedule="constant", warmup=50, betas=(0.9, 0.98), decay=0.01, evaluate=25),
-    measure=measure,
-    found=found,
-    vocabulary=VOCABULARY,
-    ships=True,
+RECIPES = (
+    Recipe(
+        name="induction",
+        row="Z1",
+        about="2 layers of 4 heads without MLPs (Llama, width 64) on blocks of random words that repeat, at places that differ",
+        known="a previous-token head in layer 0 and, by its keys, an induction head in layer 1; both come at once, abruptly",
+        paper="Olsson et al. 2022, In-context Learning and Induction Heads, https://arxiv.org/abs/2209.11895",
+        minutes=2.0,
+        goals=(Goal("accuracy", least=0.99), Goal("loss", most=0.05)),
+        build=build,
+        data=Repeats,
+        training=Training(1000, batch=32, rate=1e-3, schedule="constant", warmup=50, betas=(0.9, 0.98), decay=0.01, evaluate=25),
+        measure=measure,
+        found=found,
+        vocabulary=VOCABULARY,
+        ships=True,
+    ),
 )
