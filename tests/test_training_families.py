@@ -42,7 +42,9 @@ def test_padding_on_either_side_changes_nothing(family):
         loss.backward()
         ours = gradient(model.hf)
         single = [model.hf(input_ids=one[None], use_cache=False).logits[0] for one in alone]
-        expected = sum(cross_entropy(l[:-1], one[1:], reduction="sum") for l, one in zip(single, alone, strict=True)) / (21 - 3)
+        expected = sum(
+            cross_entropy(logits[:-1], one[1:], reduction="sum") for logits, one in zip(single, alone, strict=True)
+        ) / (21 - 3)
         expected.backward()
         theirs = gradient(model.hf)
         assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -53,9 +55,7 @@ OFTEN = ("gpt2", "gemma3", "mixtral")
 """Plain; with names of its own on the hub; with experts that are fused in memory and apart on the disk. The others run with the long tests."""
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.long]) for name in CONFIGS]
-)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.long]) for name in CONFIGS])
 def test_a_cut_off_run_of_any_family_ends_in_the_same_weights(family, tmp_path):
     """Files keep the hub's format (experts one by one, other names): what comes back is the same bit for bit."""
     data = Tokens(torch.randint(3, 97, (12, 6), generator=torch.Generator().manual_seed(0)))
@@ -75,6 +75,5 @@ def test_a_cut_off_run_of_any_family_ends_in_the_same_weights(family, tmp_path):
     for (name, a), b in zip(whole.model.hf.named_parameters(), again.model.hf.parameters(), strict=True):
         assert torch.equal(a, b), name
     loaded = Model.load(tmp_path / "cut" / "checkpoints" / "step-0000004")
-    loaded.hf.set_attn_implementation("eager")  # of which a folder does not say anything
-    some = data.rows(0, 2).tokens
-    torch.testing.assert_close(loaded.run(some), again.model.run(some), atol=1e-6, rtol=0)
+    for (name, a), b in zip(again.model.hf.named_parameters(), loaded.hf.parameters(), strict=True):
+        assert torch.equal(a, b), name

@@ -116,19 +116,20 @@ class _Run:
         object.__setattr__(
             model, "loaded", False
         )  # its weights are no longer those of files, whose hash would be taken for theirs
-        unkept = None if self.step in training.kept else self.step
         with Interrupt() as interrupt:
+            stop = False
             while True:
                 due = self.step in training.kept
                 if due or self.step % training.evaluate == 0:
                     self._measure()
-                if due or (self.step % training.save == 0 and self.step) or interrupt.asked:
-                    unkept = self._save(due, unkept)
-                if interrupt.asked:
+                stop = stop or (interrupt.asked and distributed.world() == 1)  # of several processes, all stop behind one update
+                if due or (self.step % training.save == 0 and self.step) or stop:
+                    self._save(due)
+                if stop:
                     raise KeyboardInterrupt
                 if self.step >= training.steps:
                     break
-                self._advance(interrupt)
+                stop = self._advance(interrupt.asked)
         frame = self.metrics.whole() if self.metrics else pl.DataFrame()
         distributed.together(model.device)
         return Trained(replace(model, loaded=False), self.out, frame)
@@ -146,8 +147,9 @@ class _Run:
         checkpoint.restore(self.out, self.model, self.update.optimizer, self.update.scaler, step)
         return step
 
-    def _advance(self, interrupt: Interrupt) -> None:
-        numbers, interrupt.asked = self.update(self.step, interrupt.asked)
+    def _advance(self, asked: bool) -> bool:
+        """One update; whether any process was asked to stop."""
+        numbers, stop = self.update(self.step, asked)
         self.tokens += numbers["tokens"]
         numbers["tokens"] = self.tokens
         if self.metrics:
@@ -155,6 +157,7 @@ class _Run:
         self.step += 1
         if self.tick is not None and self.first:
             self.tick(self.step, self.training.steps, numbers)
+        return stop
 
     def _measure(self) -> None:
         if self.metrics is None or self.step in self.metrics.measured:
@@ -170,20 +173,18 @@ class _Run:
         if self.progress is not None:
             self.progress(self.step, numbers)
 
-    def _save(self, kept: bool, unkept: int | None) -> int | None:
-        """Numbers first, so that no checkpoint is without its own; returns the step of the state that need not be kept."""
+    def _save(self, kept: bool) -> None:
+        """Numbers first, so that no checkpoint is without its own; then what it replaces is taken away."""
         if self.metrics:
             self.metrics.whole() if kept else self.metrics.piece(self.step)
             checkpoint.keep(self.out, self.model, self.update.optimizer, self.update.scaler, self.step)
             self._provenance()
-            if unkept is not None and unkept != self.step:
-                checkpoint.drop(self.out, unkept)
-            if self.training.states == "last":
-                for step in checkpoint.steps_of(self.out):
-                    if step < self.step:
-                        checkpoint.forget(self.out, step)
+            for step in checkpoint.steps_of(self.out):
+                if step < self.step and step not in self.training.kept:
+                    checkpoint.drop(self.out, step)
+                elif step < self.step and self.training.states == "last":
+                    checkpoint.forget(self.out, step)
         distributed.together(self.model.device)
-        return None if kept else self.step
 
     def _provenance(self) -> None:
         """Versions and seconds, apart from what is compared: a file per call that trained."""
