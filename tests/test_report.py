@@ -22,7 +22,8 @@ from fake_record import PARTS, fake_record
 from patchclamp.circuit import Circuit
 from patchclamp.errors import StoreError
 from patchclamp.report import figures, render, write_report
-from patchclamp.report.panels import _sets, number, percent, signed
+from patchclamp.report.page import number, percent, signed
+from patchclamp.report.panels import _sets
 from patchclamp.store import Run
 from patchclamp.store.record import Record
 

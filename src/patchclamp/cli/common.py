@@ -77,15 +77,20 @@ def find_task(task: str, options: Sequence[str] | None, columns: str | None, cha
             raise TaskError(f"--option {option!r} is not key=value")
         given[key.strip()] = _value(value.strip())
     if columns is not None:
-        pairs = [item.partition("=") for item in columns.split(",")]
-        if not all(equals for _, equals, _ in pairs):
-            raise TaskError(f"--columns {columns!r} is not field=column,field=column (fields: clean, corrupt, answer, wrong)")
-        given["columns"] = {field.strip(): column.strip() for field, _, column in pairs}
+        given["columns"] = column_names(columns)
     if chat:
         given["chat"] = True
     if bos is not None:
         given["bos"] = bos
     return load_task(task, **given)
+
+
+def column_names(columns: str) -> dict[str, str]:
+    """Columns of a table by field: clean=good,corrupt=bad."""
+    pairs = [item.partition("=") for item in columns.split(",")]
+    if not all(equals for _, equals, _ in pairs):
+        raise TaskError(f"--columns {columns!r} is not field=column,field=column (fields: clean, corrupt, answer, wrong)")
+    return {field.strip(): column.strip() for field, _, column in pairs}
 
 
 def _value(text: str) -> Any:

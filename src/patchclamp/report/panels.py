@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
 from patchclamp.circuit import Circuit
 from patchclamp.report import figures
-from patchclamp.report.look import ROLES, Chart, clean
+from patchclamp.report.look import ROLES, clean
+from patchclamp.report.page import Figure, figure, signed
 from patchclamp.sites import Edge
 from patchclamp.store.codec import plain
 from patchclamp.store.record import Prompt, Record
@@ -23,35 +23,6 @@ _COMPARED = {
     "shifted": ("random prefixes", "after random prefixes", True),
 }
 _TABLE_ROWS = 24
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its caption; `name` is its id in the page and the name of the file that it is saved as."""
-
-    name: str
-    spec: Mapping[str, Any]
-    caption: str = ""
-    note: str = ""
-
-
-def signed(value: float | int | None, digits: int = 2) -> str:
-    """A number with its sign, true minus and all; a dash where there is none."""
-    return "–" if value is None else f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
-
-
-def number(value: float | int | None, digits: int = 2) -> str:
-    """A number without plus sign; thousands apart where it is whole."""
-    if value is None:
-        return "–"
-    return (
-        f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else f"{round(value, digits) + 0.0:.{digits}f}"
-    ).replace("-", "−")
-
-
-def percent(value: float | int | None) -> str:
-    """A share in percent."""
-    return "–" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "\u202f%"
 
 
 def context(record: Record) -> dict[str, Any]:
@@ -84,11 +55,6 @@ def context(record: Record) -> dict[str, Any]:
     }
 
 
-def _figure(name: str, chart: Chart, caption: str = "", note: str = "") -> Figure:
-    # checking each against Vega-Lite's schema would take longer than all else; the tests do it
-    return Figure(name, chart.to_dict(validate=False), caption, note)
-
-
 def _count(scores: pl.DataFrame, role: str) -> int:
     return int((scores["role"] == role).sum()) if "role" in scores.columns else 0
 
@@ -100,11 +66,11 @@ def _has(scores: pl.DataFrame, *columns: str) -> bool:
 def _maps(record: Record) -> list[Figure]:
     maps: list[Figure] = []
     if _has(record.scores, "role"):
-        maps.append(_figure("roles", figures.role_map(record.scores, "container", legend=False), "Roles"))
+        maps.append(figure("roles", figures.role_map(record.scores, "container", legend=False), "Roles"))
     if _has(record.scores, "exact"):
         how = ", ".join((record.baseline.metric, *(f"{name} fallback" for name in record.fallbacks[:1])))
         caption = f"Exact effect of closing each part alone ({how})"
-        maps.append(_figure("effects", figures.effect_map(record.scores, width="container"), caption))
+        maps.append(figure("effects", figures.effect_map(record.scores, width="container"), caption))
     return maps
 
 
@@ -122,7 +88,7 @@ def _scatters(record: Record, columns: tuple[str, ...]) -> list[Figure]:
             drawn = figures.agreement_scatter(scores, column, label, diagonal=same_unit, width="container")
             agreement = record.agreement.get(key) or record.agreement.get(name)
             note = "" if agreement is None else f"{agreement}".replace("-", "−")
-            found.append(_figure(f"exact-{name}", drawn, label[0].upper() + label[1:], note))
+            found.append(figure(f"exact-{name}", drawn, label[0].upper() + label[1:], note))
     return found
 
 
@@ -132,10 +98,10 @@ def _nulls(record: Record) -> list[Figure]:
         parts = sum(_count(record.scores, role) for role in ROLES) or 1
         shares = {role: _count(record.scores, role) / parts for role in ("facilitating", "interfering")}
         drawn = figures.null_shares(shares, record.nulls, "container")
-        found.append(_figure("null-shares", drawn, "Share of parts with a role; the dashed line is 5\u202f%"))
+        found.append(figure("null-shares", drawn, "Share of parts with a role; the dashed line is 5\u202f%"))
     if _has(record.scores, "gate_plus", "gate_minus", "null_gate_plus", "null_gate_minus"):
         drawn = figures.null_gates(record.scores, "container")
-        found.append(_figure("null-gates", drawn, "Gates of all parts, a tick each"))
+        found.append(figure("null-gates", drawn, "Gates of all parts, a tick each"))
     return found
 
 
@@ -144,10 +110,10 @@ def _circuit(record: Record) -> list[Figure]:
         return []
     known = record.scores if record.localisation is None else record.localisation.scores  # of edges, theirs
     drawn = figures.circuit_drawing(record.circuit, known if _of_edges(record.circuit) else record.scores, "container")
-    found = [_figure("circuit", drawn, f"{len(record.circuit)} parts, input below")]
+    found = [figure("circuit", drawn, f"{len(record.circuit)} parts, input below")]
     if record.trust and record.trust.minimality:
         drawn = figures.minimality_bars(record.trust.minimality, "container")
-        found.append(_figure("minimality", drawn, "What each part is worth to the circuit"))
+        found.append(figure("minimality", drawn, "What each part is worth to the circuit"))
     return found
 
 
@@ -160,14 +126,14 @@ def _curve(record: Record) -> Figure | None:
         return None
     size = None if record.circuit is None else len(record.circuit)
     drawn = figures.faithfulness_curve(record.curve, record.random, size, "container")
-    return _figure("faithfulness", drawn, "Faithfulness against random circuits of the same size")
+    return figure("faithfulness", drawn, "Faithfulness against random circuits of the same size")
 
 
 def _toggles(record: Record) -> Figure | None:
     if record.toggles is None:
         return None
     drawn = figures.toggle_curves(record.toggles, record.toggled, "container")
-    return _figure("toggle-check", drawn, f"{record.toggled[:1].upper()}{record.toggled[1:]} as parts are closed")
+    return figure("toggle-check", drawn, f"{record.toggled[:1].upper()}{record.toggled[1:]} as parts are closed")
 
 
 def _relations(record: Record) -> list[Figure]:
@@ -175,21 +141,21 @@ def _relations(record: Record) -> list[Figure]:
     if found is None:
         return []
     drawn = [
-        _figure("interactions", figures.interaction_matrix(found.pairs, found.parts, "container"),
+        figure("interactions", figures.interaction_matrix(found.pairs, found.parts, "container"),
                 "Interaction of every pair, communities together; a dot: the sign holds under two fallbacks"),
-        _figure("connectome", figures.connectome(found.pairs, found.parts, "container"),
+        figure("connectome", figures.connectome(found.pairs, found.parts, "container"),
                 "The strongest of them by layer, input below; colour of a part is its community, size its exact effect"),
     ]  # fmt: skip
     if "association" in found.pairs.columns:
         caption = "What closing both shows, against how outputs go together"
-        drawn.append(_figure("causal-statistical", figures.causal_against_statistical(found.pairs, "container"), caption))
+        drawn.append(figure("causal-statistical", figures.causal_against_statistical(found.pairs, "container"), caption))
     return drawn
 
 
 def _switching(record: Record) -> Figure | None:
     if record.dynamics is None or not record.dynamics.gates.height:
         return None
-    return _figure(
+    return figure(
         "switching", figures.switching_map(record.dynamics.gates, "container"), "Gates of parts that switch, by unseen input"
     )
 
@@ -199,21 +165,19 @@ def _localised(record: Record) -> list[Figure]:
     if found is None:
         return []
     drawn = [
-        _figure(
+        figure(
             "method-agreement", figures.method_agreement(found.agreement, "container"), "Rank correlation of every two methods"
         )
     ]
     if found.curves.height:
-        drawn.append(_figure("method-faithfulness", figures.faithfulness_curves(found.curves, "container"),
+        drawn.append(figure("method-faithfulness", figures.faithfulness_curves(found.curves, "container"),
                              "Circuits of every size, parts in the order of each method"))  # fmt: skip
     if found.circuit is not None and len(found.circuit):
         chart = figures.circuit_drawing(found.circuit, found.scores, "container")
-        drawn.append(
-            _figure("localised-circuit", chart, f"{len(found.circuit)} {found.about.get('parts', 'parts')}, input below")
-        )
+        drawn.append(figure("localised-circuit", chart, f"{len(found.circuit)} {found.about.get('parts', 'parts')}, input below"))
     if found.flow is not None and found.flow.height:
         drawn.append(
-            _figure("flow", figures.flow_graph(found.flow, found.tokens, "container"), "Routes to the last token of one prompt")
+            figure("flow", figures.flow_graph(found.flow, found.tokens, "container"), "Routes to the last token of one prompt")
         )
     return drawn
 
@@ -267,7 +231,7 @@ def _patterns(record: Record) -> list[Figure]:
     if record.patterns is None:
         return []
     sites = enumerate(record.patterns.sites)
-    return [_figure(f"pattern-{site}", figures.attention_pattern(record.patterns, i, "container"), site) for i, site in sites]
+    return [figure(f"pattern-{site}", figures.attention_pattern(record.patterns, i, "container"), site) for i, site in sites]
 
 
 def _parts(scores: pl.DataFrame) -> list[dict[str, Any]]:
