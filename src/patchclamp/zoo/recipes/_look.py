@@ -35,3 +35,8 @@ def means(model: "Model", tokens: Int[Tensor, "row position"], sites: Iterable[S
     if not chosen:
         return {}
     return {site: Put(value.mean((0, 1))) for site, value in model.record(tokens, chosen).items()}
+
+
+def named(sites: set[Site]) -> str:
+    """Heads by name, or none."""
+    return ", ".join(f"L{site.layer}.h{site.index}" for site in sorted(sites)) or "none"

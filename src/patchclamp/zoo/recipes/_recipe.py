@@ -135,11 +135,17 @@ def held_out(data: Data, count: int = EVALUATED, step: int = -1) -> Rows:
     return data.rows(step, count)
 
 
-def attention_only(hf: Any) -> Any:
-    """The same model with MLPs that write nothing and do not learn: exactly attention-only, and every part still has its place."""
+def attention_only(hf: Any, layers: Sequence[int] | None = None) -> Any:
+    """The same model with MLPs that write nothing and do not learn: exactly attention-only, and every part still has its place.
+
+    Args:
+        hf: a transformers model; it is changed.
+        layers: which layers' MLPs; None: all.
+    """
     from patchclamp.models.model import Model
 
-    for layer in Model.load(hf).anatomy.layers:
+    found = Model.load(hf).anatomy.layers
+    for layer in found if layers is None else [found[i] for i in layers]:
         for weight in layer.mlp.parameters():
             weight.requires_grad_(False)
         if layer.down is None:

@@ -16,7 +16,7 @@ from patchclamp.edits import Put
 from patchclamp.sites import Site
 from patchclamp.training import Rows, Training
 from patchclamp.units.heads import attention_scores, looks, mass
-from patchclamp.zoo.recipes._look import judged, means
+from patchclamp.zoo.recipes._look import judged, means, named
 from patchclamp.zoo.recipes._recipe import SPECIAL, Finding, Goal, Recipe, attention_only, drawing, held_out
 
 if TYPE_CHECKING:
@@ -139,11 +139,6 @@ def found(model: "Model", seed: int = 0) -> tuple[Finding, ...]:
         Finding(f"without all other heads of layer {layer} ({named(rest)}) most are right", accuracy(rest), Goal("accuracy", least=KEPT))
         for layer, rest in others.items() if rest
     ))  # fmt: skip
-
-
-def named(sites: set[Site]) -> str:
-    """Heads by name, or none."""
-    return ", ".join(f"L{site.layer}.h{site.index}" for site in sorted(sites)) or "none"
 
 
 RECIPES = (
