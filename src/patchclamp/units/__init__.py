@@ -9,12 +9,17 @@ Every measure reads the model through `record`, so that it serves every family; 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from patchclamp.units.condition import changes, chosen, condition, frozen
 from patchclamp.units.fourier import fourier
 from patchclamp.units.growth import foretell, growth
 from patchclamp.units.heads import copying, fitting, heads, in_context, losses, repeated
+from patchclamp.units.instability import foreseen, instability, rate_sensitivity
 from patchclamp.units.massive import intervene, massive, places
+from patchclamp.units.outliers import int8, outliers
+from patchclamp.units.recall import recall, serial_recall, without
 from patchclamp.units.sinks import dormancy, sinks
 from patchclamp.units.table import Numbers, tidy
+from patchclamp.units.three_logits import three_logits
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,11 +42,18 @@ MEASURES: "Mapping[str, Measure]" = {
     "heads": heads,
     "sinks": own(sinks),
     "massive": own(massive),
+    "outliers": own(outliers),
+    "int8": own(int8),
+    "recall": recall,
+    "three_logits": three_logits,
+    "instability": own(instability),
+    "condition": condition,
     "fourier": fourier,
 }
 """By name: (model, rows or None for the measure's own) -> part, name, value, low, high, n."""
 
 __all__ = [
-    "MEASURES", "Numbers", "copying", "dormancy", "foretell", "fourier", "growth", "heads", "in_context", "intervene", "losses",
-    "massive", "places", "repeated", "sinks", "tidy",
+    "MEASURES", "Numbers", "changes", "chosen", "condition", "copying", "dormancy", "foreseen", "foretell", "fourier", "frozen",
+    "growth", "heads", "in_context", "instability", "int8", "intervene", "losses", "massive", "outliers", "places",
+    "rate_sensitivity", "recall", "repeated", "serial_recall", "sinks", "three_logits", "tidy", "without",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from patchclamp.errors import MeasureError
 
 FEWEST = 8
+PARAMETERS: Sequence[str] = ("amplitude", "decay", "rate", "start", "offset")
 _STARTS = tuple(product(np.logspace(-1, 4, 11), np.logspace(-4, 1, 11), (0.1, 0.3, 1.0, 3.0)))
 _SEARCHED = 8
 _LOWEST, _HIGHEST = np.log([1e-3, 1e-9, 1e-3]), np.log([1e6, 1e2, 1e2])
@@ -98,11 +99,13 @@ def growth(
         again = curve + (y - curve)[draw]
         drawn.append(_parameters(t / span, again, _fitted(t / span, again, best)[0], span))
     amplitude, decay, rate, start, offset = _parameters(t / span, y, best, span)
-    names: tuple[str, ...] = ("amplitude", "decay", "rate", "start", "offset")
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist() if drawn else ([], [])
     r2 = 1 - float(((y - curve) ** 2).sum() / ((y - y.mean()) ** 2).sum())
-    lows, highs = dict(zip(names, low, strict=False)), dict(zip(names, high, strict=False))
-    return Curve(amplitude, decay, rate, start, offset, r2, lows, highs, len(t))
+    return Curve(amplitude, decay, rate, start, offset, r2, _named(low), _named(high), len(t))
+
+
+def _named(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(PARAMETERS, values, strict=True)) if values else {}
 
 
 def _linear(
