@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from patchclamp.cli import bench, change, develop, inspect, judge, look, patching, questions, relate, reproduce, sweep, zoo
+from patchclamp.cli import bench, change, develop, inspect, judge, look, patching, questions, relate, reproduce, sweep, train, zoo
 from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ questions.add(app)
 patching.add(app)
 relate.add(app)
 sweep.add(app)
+train.add(app)
 develop.add(app)
 bench.add(app)
 judge.add(app)

@@ -50,9 +50,13 @@ class Tokens:
                 "(give more text, or shorter rows)"
             )
 
-    @cached_property
+    @property
     def name(self) -> str:
         """Label, sizes, seed, and SHA-256 of all tensors."""
+        return self._name
+
+    @cached_property
+    def _name(self) -> str:
         found = tensors_digest({"tokens": self.tokens, "mask": self.mask, "weights": self.weights, **(self.labels or {})})
         count, width = self.tokens.shape
         return f"{self.label}: {count} rows of {width}, {self.held} set aside, seed {self.seed}, sha256 {found}"
