@@ -23,10 +23,10 @@ def losses(logits: Float[Tensor, "row position token"], tokens: Int[Tensor, "row
 def judged(
     logits: Float[Tensor, "row position token"], tokens: Int[Tensor, "row position"], asked: Bool[Tensor, "row position"]
 ) -> dict[str, float]:
-    """Loss (nats) and accuracy (share of most probable tokens that are right) of predicting the tokens that are asked for."""
+    """`test_loss` (nats) and `accuracy` (share of most probable tokens that are right) of predicting the tokens that are asked for."""
     chosen = asked[:, 1:]
     right = logits[:, :-1].argmax(-1) == tokens[:, 1:]
-    return {"loss": float(losses(logits, tokens)[chosen].mean()), "accuracy": float(right[chosen].float().mean())}
+    return {"test_loss": float(losses(logits, tokens)[chosen].mean()), "accuracy": float(right[chosen].float().mean())}
 
 
 def means(model: "Model", tokens: Int[Tensor, "row position"], sites: Iterable[Site]) -> Edits:

@@ -88,7 +88,7 @@ def build(seed: int = 0, width: int = 48, neurons: int = 192) -> Any:
     torch.manual_seed(seed)
     config = NormlessConfig(
         vocab_size=P + 1, hidden_size=width, intermediate_size=neurons, num_hidden_layers=1, num_attention_heads=4,
-        head_dim=width // 4, hidden_act="relu", max_position_embeddings=4, causal=True, initializer_range=width**-0.5 / 2,
+        head_dim=width // 4, hidden_act="relu", max_position_embeddings=8, causal=True, initializer_range=width**-0.5 / 2,
         pad_token_id=None, bos_token_id=None,
     )  # fmt: skip
     return NormlessForCausalLM(config).eval()
@@ -104,7 +104,12 @@ def measure(model: "Model", seed: int = 0) -> dict[str, float]:
     rows = written(Sums(seed).pairs(True)).tokens
     table = fourier(model, rows).filter(pl.col("part") == "model")
     found = dict(zip(table["name"], table["value"], strict=True))
-    names = {"test.loss": "loss", "test.accuracy": "accuracy", "train.loss": "train_loss", "train.accuracy": "train_accuracy"}
+    names = {
+        "test.loss": "test_loss",
+        "test.accuracy": "accuracy",
+        "train.loss": "train_loss",
+        "train.accuracy": "train_accuracy",
+    }
     names |= {"test.restricted": "restricted", "train.excluded": "excluded", "explained": "explained", "keys": "keys"}
     return {name: float(found[theirs]) for theirs, name in names.items()}
 

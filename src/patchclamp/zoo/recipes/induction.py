@@ -90,7 +90,7 @@ def measure(model: "Model", seed: int = 0) -> dict[str, float]:
     rows = held_out(Repeats(seed), 256)
     numbers = judged(model.run(rows.tokens), rows.tokens, certain(rows))
     scores = mean_scores(model, rows.tokens[:64])
-    numbers["other_loss"] = judged(model.run(rows.tokens), rows.tokens, ~certain(rows))["loss"]
+    numbers["other_loss"] = judged(model.run(rows.tokens), rows.tokens, ~certain(rows))["test_loss"]
     return numbers | {f"{name}.L{layer}": max(scores[name][layer]) for name, layer in (("previous", 0), ("induction", 1))}
 
 
@@ -149,7 +149,7 @@ RECIPES = (
         known="a previous-token head in layer 0 and, by its keys, an induction head in layer 1; both come at once, abruptly",
         paper="Olsson et al. 2022, In-context Learning and Induction Heads, https://arxiv.org/abs/2209.11895",
         minutes=2.0,
-        goals=(Goal("accuracy", least=0.99), Goal("loss", most=0.05)),
+        goals=(Goal("accuracy", least=0.99), Goal("test_loss", most=0.05)),
         build=build,
         data=Repeats,
         training=Training(1000, batch=32, rate=1e-3, schedule="constant", warmup=50, betas=(0.9, 0.98), decay=0.01, evaluate=25),
