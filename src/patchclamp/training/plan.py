@@ -3,14 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from patchclamp.errors import TrainingError
 
-Schedule = Literal["constant", "linear", "cosine", "wsd"]
-Optimizer = Literal["adamw", "sgd"]
-Precision = Literal["float32", "bfloat16", "float16"]
-States = Literal["all", "last"]
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+OPTIMIZERS = ("adamw", "sgd")
+PRECISIONS = ("float32", "bfloat16", "float16")
+STATES = ("all", "last")
 
 
 def log_spaced(steps: int, count: int = 20) -> tuple[int, ...]:
@@ -57,27 +56,27 @@ class Training:
     batch: int = 32
     accumulate: int = 1
     rate: float = 1e-3
-    schedule: Schedule = "cosine"
+    schedule: str = "cosine"
     warmup: int = 0
     cooldown: int = 0
     floor: float = 0.0
-    optimizer: Optimizer = "adamw"
+    optimizer: str = "adamw"
     decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     clip: float | None = 1.0
-    precision: Precision = "float32"
+    precision: str = "float32"
     seed: int = 0
     checkpoints: int | tuple[int, ...] = 20
-    states: States = "all"
+    states: str = "all"
     evaluate: int = 100
     save: int = 500
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.schedule, get_args(Schedule))
-        _one_of("optimizer", self.optimizer, get_args(Optimizer))
-        _one_of("precision", self.precision, get_args(Precision))
-        _one_of("states", self.states, get_args(States))
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("states", self.states, STATES)
         for name in ("steps", "batch", "accumulate", "evaluate", "save"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(self.accumulate <= self.batch, "accumulate", self.accumulate, f"at most the {self.batch} rows of a batch")

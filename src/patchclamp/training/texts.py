@@ -125,7 +125,7 @@ def texts(
     if length < 2 or not 0 <= held < 1:
         raise TrainingError(f"rows of {length} tokens, {held} of them set aside, were asked: give 2 or more, and a share below 1")
     given = list(read_texts(source, column)) if isinstance(source, str | Path) else list(source)
-    ids = [list(tokenizer(text, add_special_tokens=not pack)["input_ids"]) for text in given]
+    ids = [list(tokenizer(text, add_special_tokens=not pack, verbose=False)["input_ids"]) for text in given]
     tokens, mask = _packed(ids, tokenizer.eos_token_id, length) if pack else _padded(ids, length)
     if not len(tokens):
         raise TrainingError(
