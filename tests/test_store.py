@@ -91,12 +91,21 @@ def test_what_cannot_be_kept_is_refused_by_place(bad: object, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["os:system", "patchclamp.files:sha256", "patchclamp.nowhere:Circuit", "patchclampx:Y", "x"]
-)
+@pytest.mark.parametrize("name", ["os:system", "patchclamp.files:sha256", "patchclamp.nowhere:Circuit", "patchclampx:Y", "x"])
 def test_a_file_cannot_name_code_to_run(name: str) -> None:
     with pytest.raises(StoreError, match="not a result of this version"):
         decode(Encoded({"$type": name}))
+
+
+def test_sections_are_read_by_the_names_that_earlier_runs_gave_them():
+    """Runs on disk name a section by the file that held it then: store.record."""
+    record = fake_record()
+    for name in ("relations", "dynamics", "contrast", "sets", "alternatives", "localisation"):
+        section = getattr(record, name)
+        encoded, kind = encode(section), type(section)
+        assert encoded.tree["$type"] == f"patchclamp.store.sections:{kind.__name__}"
+        encoded.tree["$type"] = f"patchclamp.store.record:{kind.__name__}"
+        assert type(decode(encoded)) is kind
 
 
 # --- resuming
