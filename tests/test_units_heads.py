@@ -5,10 +5,12 @@ import pytest
 import torch
 
 import cases
+from patchclamp.edits import Scale
 from patchclamp.errors import MeasureError
 from patchclamp.models.model import Model
+from patchclamp.sites import Site
 from patchclamp.units import MEASURES, copying, heads, in_context, repeated
-from patchclamp.units.heads import LOOKS, attention_scores, chance
+from patchclamp.units.heads import LOOKS, attention_scores, chance, distance_scores, unrepeated
 from patchclamp.zoo import wired
 from patchclamp.zoo._wiring import GROUP, Wiring, pattern_of, run, slots
 
@@ -160,6 +162,7 @@ def test_the_front_has_intervals_and_says_what_chance_gives() -> None:
     by = {(part, name): (value, n) for part, name, value, _, _, n in table.rows()}
     assert by["L1.h2", "induction"][0] > 10 * by["model", "chance.induction"][0] and by["L1.h2", "induction"][1] == 32
     assert by["model", "in_context"][0] < -1  # it says what followed
+    assert by["L1.h2", "distance"][0] < 0.1  # and does not look back so far where nothing is said twice
 
 
 @pytest.mark.parametrize("name", sorted(cases.CONFIGS))
@@ -168,6 +171,42 @@ def test_every_family_is_measured(name: str) -> None:
     tokens = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(0))
     table = heads(model, tokens)
     assert len(table.filter(name="copying", n=2)) == sum(size.heads for size in model.anatomy.sizes)
+
+
+def test_heads_of_the_shipped_model_look_so_far_back_whatever_stands_there() -> None:
+    """What looks like induction on lists of 20, the length that it was trained on, is a distance: docs/measures.md says so."""
+    model = Model.load("zoo/small")
+    found = attention_scores(model, repeated(model, 8, 20))["induction"].mean(1)
+    distance = distance_scores(model, unrepeated(model, 8, 20), 20).mean(1)
+    for head in (8 + 6, 8 + 7):  # L1.h6 and L1.h7, of 8 heads a layer
+        assert found[head] > 0.9 and distance[head] > 0.9
+    assert attention_scores(model, repeated(model, 8, 12))["induction"].mean(1).max() < 0.2
+
+
+def test_distance_is_a_diagonal() -> None:
+    model = cases.model_of("gpt2")
+    rows = unrepeated(model, n=3, length=6)
+    assert rows.shape == repeated(model, n=3, length=6).shape and not torch.equal(rows[:, :6], rows[:, 6:])
+    found = distance_scores(model, rows, 6)
+    for layer in range(2):
+        (pattern,) = model.record(rows, f"L{layer}.pattern").values()
+        for h in range(4):
+            for row in range(3):
+                expected = np.mean([float(pattern[row, h, i, i - 5].detach()) for i in range(6, 12)])
+                assert found[4 * layer + h, row] == pytest.approx(expected, abs=1e-6)
+
+
+def test_gated_attention_has_no_copying_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate is an edit at z, as a model with gated attention has one; its layer has no number, the other keeps its own."""
+    model = cases.model_of("llama")
+    rows = repeated(model, n=2, length=6)
+    own = copying(model, rows)
+    record = Model.record
+    gate = {Site.parse("L1.z"): Scale(0.5)}
+    monkeypatch.setattr(Model, "record", lambda self, inputs, sites, edits=None: record(self, inputs, sites, gate))
+    gated = copying(model, rows)
+    assert np.isnan(gated["copying"][4:]).all() and np.isnan(gated["raised"][4:]).all()
+    np.testing.assert_array_equal(gated["copying"][:4], own["copying"][:4])
 
 
 def test_too_few_words_are_refused() -> None:

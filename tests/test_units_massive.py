@@ -10,8 +10,8 @@ from patchclamp.errors import MeasureError
 from patchclamp.models.inputs import token_batch
 from patchclamp.models.model import Model
 from patchclamp.sites import Site
+from patchclamp.units.context import losses
 from patchclamp.units.growth import foretell, growth
-from patchclamp.units.heads import losses
 from patchclamp.units.massive import intervene, massive, places
 
 

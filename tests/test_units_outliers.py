@@ -10,7 +10,7 @@ import cases
 from patchclamp.errors import MeasureError
 from patchclamp.models.inputs import token_batch
 from patchclamp.models.model import Model
-from patchclamp.units.heads import losses
+from patchclamp.units.context import losses
 from patchclamp.units.instability import foreseen, instability, rate_sensitivity
 from patchclamp.units.outliers import _moments, int8, outliers
 

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from patchclamp.units.condition import changes, chosen, condition, frozen
+from patchclamp.units.context import in_context, losses
+from patchclamp.units.copying import copying
 from patchclamp.units.fourier import fourier
 from patchclamp.units.growth import foretell, growth
-from patchclamp.units.heads import copying, fitting, heads, in_context, losses, repeated
+from patchclamp.units.heads import fitting, heads, repeated
 from patchclamp.units.instability import foreseen, instability, rate_sensitivity
 from patchclamp.units.massive import intervene, massive, places
 from patchclamp.units.outliers import int8, outliers

@@ -16,7 +16,7 @@ from patchclamp.errors import MeasureError
 from patchclamp.models.editing import Seen
 from patchclamp.models.model import Inputs, Model
 from patchclamp.sites import Site
-from patchclamp.units.heads import losses
+from patchclamp.units.context import losses
 from patchclamp.units.table import Numbers, recorded, tidy
 
 ABOVE, TIMES = 100.0, 1000.0

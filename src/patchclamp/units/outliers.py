@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from patchclamp.errors import MeasureError
 from patchclamp.models.model import Inputs, Model
-from patchclamp.units.heads import losses
+from patchclamp.units.context import losses
 from patchclamp.units.table import Numbers, recorded, tidy
 
 KINDS = ("attn", "mlp", "resid.post")

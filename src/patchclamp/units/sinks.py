@@ -18,7 +18,7 @@ from patchclamp.errors import MeasureError
 from patchclamp.models.model import Inputs, Model
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
-from patchclamp.units.heads import losses
+from patchclamp.units.context import losses
 from patchclamp.units.table import Numbers, recorded, tidy
 
 EPSILON = 0.3
