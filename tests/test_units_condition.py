@@ -9,14 +9,31 @@ import torch
 import cases
 from patchclamp.errors import MeasureError
 from patchclamp.models.model import Model
-from patchclamp.units import repeated
+from patchclamp.units import MEASURES, repeated
 from patchclamp.units.condition import changes, chosen, condition, frozen, ranks
+from patchclamp.units.table import SCHEMA
 from patchclamp.units.three_logits import Contexts, learned, loss, pace, slopes, three_logits, transition
 from patchclamp.zoo import wired
 
 
 def numbers(table) -> dict[tuple[str, str], float]:  # type: ignore[no-untyped-def]
     return {(part, name): value for part, name, value, *_ in table.rows()}
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_every_measure_gives_the_same_table_and_says_what_it_is(name: str) -> None:
+    """Without rows, too; `patchclamp develop` shows the first line of what each says."""
+    hf = cases.tiny("llama")
+    hf.resize_token_embeddings(30)  # the measure of modular addition runs all pairs of tokens
+    model = Model.load(hf)
+    weights = {key: value.clone() for key, value in hf.state_dict().items()}
+    for table in (MEASURES[name](model, None), *([MEASURES[name](model, repeated(model, 3, 10))] if name != "fourier" else [])):
+        assert dict(table.schema) == SCHEMA and not table.is_duplicated().any() and len(table)
+        assert table.select("part", "name").n_unique() == len(table)
+        known = table.drop_nulls(["value", "low"])
+        assert ((known["low"] <= known["value"] + 1e-9) & (known["value"] <= known["high"] + 1e-9)).all()
+    assert all(value.equal(weights[key]) for key, value in hf.state_dict().items())
+    assert (MEASURES[name].__doc__ or "").strip().partition("\n")[0]
 
 
 def test_ranks_of_known_singular_values() -> None:

@@ -133,5 +133,7 @@ def test_rows_of_another_form_are_refused() -> None:
     for rows in (torch.ones(2, 5, dtype=torch.long), torch.tensor([[1, 2, 7], [1, 2, 8]]), torch.tensor([[9, 2, 7]])):
         with pytest.raises(MeasureError, match="give such"):
             fourier(model, rows)
+    with pytest.raises(MeasureError, match="hardly adds"):
+        fourier(Model.load("zoo/small"))
     with pytest.raises(MeasureError, match="frequencies 0 to 5"):
         fourier(model, torch.tensor([[1, 2, 11]]), keys=[6])

@@ -7,6 +7,7 @@ Every measure reads the model through `record`, so that it serves every family; 
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import TYPE_CHECKING
 
 from patchclamp.units.condition import changes, chosen, condition, frozen
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 def own(measure: "Callable[[Model, Inputs], pl.DataFrame]") -> "Measure":
     """A measure of any rows, with random tokens said twice where none are given."""
 
+    @wraps(measure)
     def measured(model: "Model", inputs: "Inputs | None" = None) -> "pl.DataFrame":
         return measure(model, repeated(model, length=fitting(model)) if inputs is None else inputs)
 

@@ -26,6 +26,8 @@ from patchclamp.models.scope import unobserved
 from patchclamp.units.readout import straight
 from patchclamp.units.table import exactly, pieces
 
+LARGEST = 400
+"""The largest modulus that is taken from the vocabulary: all p^2 inputs are run."""
 ABOVE = 2.0
 """A frequency is key that has more than so many times an even share of the power."""
 
@@ -159,7 +161,7 @@ def fourier(
     Cost: p^2 rows of three tokens.
 
     Raises:
-        MeasureError: rows of another form, or a frequency that is none.
+        MeasureError: rows of another form, a frequency that is none, or no rows and a vocabulary of hundreds of tokens.
     """
     rows = None if inputs is None else model.batch(inputs).tokens
     modulus, equals = _modulus(model, rows, p)
@@ -194,6 +196,10 @@ def fourier(
 def _modulus(model: Model, rows: Int[Tensor, "row position"] | None, p: int | None) -> tuple[int, int]:
     if rows is None:
         modulus = int(model.anatomy.config.vocab_size) - 1 if p is None else p
+        if p is None and modulus > LARGEST:
+            raise MeasureError(
+                f"{model.name} has {modulus + 1} tokens, so that it hardly adds modulo {modulus}: give rows of its training, or p="
+            )
         return modulus, modulus
     ends = rows[:, 2].unique() if rows.shape[1] in (3, 4) else rows[:0, 0]
     modulus = int(ends[0]) if p is None and len(ends) else p or 0
