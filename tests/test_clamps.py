@@ -13,7 +13,8 @@ from patchclamp.errors import SiteError, TrainingError
 from patchclamp.models.model import Model
 from patchclamp.sites import Site
 from patchclamp.training import Rows, Training, next_token, train
-from patchclamp.training.clamps import Ablate, Forbid, Force, Hold, Schedule
+from patchclamp.training.clamp import joined
+from patchclamp.training.clamps import Ablate, Copy, Forbid, Force, Hold, Schedule
 
 TOKENS = torch.tensor([[5, 7, 5, 9, 7, 5, 7], [3, 3, 4, 8, 3, 4, 6]])
 ROWS = Rows(TOKENS, torch.ones(2, 7))
@@ -265,6 +266,50 @@ def test_an_edit_that_tells_nothing_of_itself_needs_a_name():
         Hold("L0.mlp", Put(torch.zeros(16)))
     assert "nothing" in repr(Hold("L0.mlp", Put(torch.zeros(16)), name="nothing"))
     assert repr(Hold("L0.mlp", Scale(0.5))) != repr(Hold("L0.mlp", Scale(0.25)))
+
+
+def test_copying_says_what_a_head_attends_to():
+    model = cases.model_of("llama")
+    plain = model.run(TOKENS)
+    pattern = model.record(TOKENS, "L1.pattern")[Site("pattern", 1)]
+    found = model.run(TOKENS, Copy(("L1.h1.pattern", "L1.h2.pattern"), 3.0, Schedule(strength=0.5)).edits(model, 0, ROWS))
+    expected = plain.clone()
+    for row, tokens in enumerate(TOKENS.tolist()):
+        for i in range(len(tokens)):
+            for j, token in enumerate(tokens):
+                expected[row, i, token] += 1.5 * (pattern[row, 1, i, j] + pattern[row, 2, i, j])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_head_that_copies_learns_where_to_look():
+    """With its output said, gradients reach queries and keys though its own output projection is zero."""
+    model = small()
+    with torch.no_grad():
+        model.hf.transformer.h[1].attn.c_proj.weight.zero_()
+    with model.editing(Copy("L1.h0.pattern").edits(model, 0, ROWS), TOKENS):
+        next_token(model.hf(input_ids=TOKENS, use_cache=False).logits, ROWS).backward()
+    fused = model.hf.transformer.h[1].attn.c_attn.weight.grad
+    assert fused[:, :8].any() and fused[:, 16:24].any() and not fused[:, 8:16].any()  # head 0's queries and keys, not head 1's
+
+
+def test_several_clamps_share_hooks_and_keep_their_order():
+    """Scaled, then put to 1, then halved: the same as sessions one inside the other, whatever shares a mapping."""
+    model = cases.model_of("gpt2")
+    ones = Put(torch.ones(1))
+    each = [
+        {Site.parse("L0.h0"): Scale(3.0), Site.parse("L0.z"): Scale(0.5)},
+        {Site.parse("L0.h0"): ones},
+        {Site.parse("L1.mlp"): [Scale(2.0), Scale(0.25)]},
+        {Site.parse("L0.h1"): Zero(), Site.parse("L1.mlp"): Scale(4.0)},
+    ]
+    with torch.no_grad(), joined(model, each, ROWS):
+        together = model.hf(input_ids=TOKENS, use_cache=False).logits
+    with torch.no_grad(), model.editing(each[0], TOKENS), model.editing(each[1], TOKENS), model.editing(each[2], TOKENS):  # noqa: SIM117
+        with model.editing(each[3], TOKENS):
+            nested = model.hf(input_ids=TOKENS, use_cache=False).logits
+    assert torch.equal(together, nested)
+    with torch.no_grad(), joined(model, [each[1], each[0]], ROWS):
+        assert not torch.equal(model.hf(input_ids=TOKENS, use_cache=False).logits, together)
 
 
 # --- in the graph

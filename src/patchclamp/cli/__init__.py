@@ -5,7 +5,22 @@ from typing import Annotated
 
 import typer
 
-from patchclamp.cli import bench, change, develop, inspect, judge, look, patching, questions, relate, reproduce, sweep, train, zoo
+from patchclamp.cli import (
+    bench,
+    change,
+    clamp,
+    develop,
+    inspect,
+    judge,
+    look,
+    patching,
+    questions,
+    relate,
+    reproduce,
+    sweep,
+    train,
+    zoo,
+)
 from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
@@ -21,6 +36,7 @@ patching.add(app)
 relate.add(app)
 sweep.add(app)
 train.add(app)
+clamp.add(app)
 develop.add(app)
 bench.add(app)
 judge.add(app)

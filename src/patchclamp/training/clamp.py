@@ -1,9 +1,12 @@
 """Clamp: what holds a part of the model while it learns."""
 
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from typing import Protocol, runtime_checkable
 
-from patchclamp.models.editing import Edits
+from patchclamp.models.editing import Edit, Edits
 from patchclamp.models.model import Model
+from patchclamp.sites import Site
 from patchclamp.training.data import Rows
 
 
@@ -24,3 +27,28 @@ class Clamp(Protocol):
 
     def updated(self, model: Model, steps: int) -> None:
         """Change the weights in place, behind `steps` updates (0: before the first) and before they are measured or kept."""
+
+
+@contextmanager
+def joined(model: Model, edits: Iterable[Edits], rows: Rows) -> Generator[None]:
+    """While open, the model computes with the edits of several clamps, each on what those before it made of a value.
+
+    They share one session of hooks wherever that keeps their order: the cost of hooks is that of one clamp.
+    """
+    with ExitStack() as stack:
+        for together in _sessions(edits):
+            stack.enter_context(model.editing(together, rows.batch))
+        yield
+
+
+def _sessions(edits: Iterable[Edits]) -> list[dict[Site, list[Edit]]]:
+    """Edits in as few mappings as keep, at every place, the order in which they were given."""
+    found: list[dict[Site, list[Edit]]] = []
+    for one in edits:
+        for site, given in one.items():
+            last = found[-1] if found else {}
+            beside = any(other.place == site.place for other in last if other != site)
+            if not found or (site in last and beside):
+                found.append({})
+            found[-1].setdefault(site, []).extend([given] if isinstance(given, Edit) else given)
+    return found

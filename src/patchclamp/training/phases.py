@@ -21,7 +21,9 @@ ENDS = 3
 """Points that must lie on either side of a middle."""
 WIDTHS = 24
 MIDDLES = 96
-ROUNDS = 5
+ROUNDS = 8
+BLOCK = 4_000_000
+"""Numbers that a search holds at once, of all its sigmoids."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def phase_change(
         confidence: of the interval.
         seed: of the resampling.
 
-    Cost: a search on a grid of 96 middles x 24 widths, five times refined; resamples cost the same search.
+    Cost: a search on a grid of 96 middles x 24 widths, eight times refined; resamples cost the same search.
 
     Raises:
         TrainingError: fewer than 8 points, steps that are not in order, values that are not finite.
@@ -164,16 +166,14 @@ class _Sigmoids:
 def _fit(x: NDArray[np.float64], curves: NDArray[np.float64]) -> _Sigmoids:
     """Least squares over middles and widths on a grid that closes in on each curve's best point; plateaus in closed form."""
     span, gap = float(x[-1] - x[0]), float(np.diff(x).min())
-    middles = np.tile(np.linspace(x[0], x[-1], MIDDLES), (1, 1))
-    widths = np.tile(np.geomspace(max(gap / 4, span * 1e-3), span, WIDTHS), (1, 1))
-    best = _search(x, curves, middles, widths)
-    step_m, ratio = span / (MIDDLES - 1), float(widths[0, 1] / widths[0, 0])
+    middles, widths = np.linspace(x[0], x[-1], MIDDLES), np.geomspace(max(gap / 4, span * 1e-3), span, WIDTHS)
+    step, ratio = float(middles[1] - middles[0]), float(widths[1] / widths[0])
+    grid = [g.ravel() for g in np.meshgrid(middles, widths, indexing="ij")]
+    best = _search(x, curves, grid[0][None], grid[1][None])
+    offsets = [g.ravel() for g in np.meshgrid(np.linspace(-1.5, 1.5, 7), np.linspace(-1.5, 1.5, 7), indexing="ij")]
     for _ in range(ROUNDS):
-        offsets = np.linspace(-1, 1, 9)
-        middles = best[0][:, None] + offsets * step_m
-        widths = best[1][:, None] * ratio**offsets
-        best = _search(x, curves, middles, widths)
-        step_m, ratio = step_m / 3, ratio ** (1 / 3)
+        best = _search(x, curves, best[0][:, None] + offsets[0] * step, best[1][:, None] * ratio ** offsets[1])
+        step, ratio = step / 2, ratio**0.5
     m, w = best
     rise = _logistic((x - m[:, None]) / w[:, None])
     mean = rise.mean(1, keepdims=True)
@@ -185,19 +185,21 @@ def _fit(x: NDArray[np.float64], curves: NDArray[np.float64]) -> _Sigmoids:
 def _search(
     x: NDArray[np.float64], curves: NDArray[np.float64], middles: NDArray[np.float64], widths: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """By curve, the middle and width whose sigmoid explains most: largest squared covariance over variance."""
-    shared = len(middles) == 1
+    """By curve, that pair of a middle and a width (one list for all curves, or one each) whose sigmoid explains most."""
+    if len(middles) > 1 and len(curves) * middles.shape[1] * len(x) > BLOCK:  # in pieces that fit into memory
+        pieces = -(-len(curves) * middles.shape[1] * len(x) // BLOCK)
+        split = [np.array_split(values, pieces) for values in (curves, middles, widths)]
+        found = [_search(x, *piece) for piece in zip(*split, strict=True) if len(piece[0])]
+        return np.concatenate([m for m, _ in found]), np.concatenate([w for _, w in found])
+    rise = _logistic((x - middles[..., None]) / widths[..., None])
+    rise -= rise.mean(-1, keepdims=True)
+    rise /= np.sqrt(np.maximum((rise**2).sum(-1, keepdims=True), 1e-300))
     centred = curves - curves.mean(1, keepdims=True)
-    grids: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
-    for i in range(1 if shared else len(curves)):
-        m, w = (g.ravel() for g in np.meshgrid(middles[i], widths[i], indexing="ij"))
-        rise = _logistic((x - m[:, None]) / w[:, None])
-        rise -= rise.mean(1, keepdims=True)
-        rise /= np.sqrt(np.maximum((rise**2).sum(1, keepdims=True), 1e-300))
-        told = (rise @ (centred.T if shared else centred[i][:, None])) ** 2
-        top = told.argmax(0)
-        grids.append((m[top], w[top]))
-    return np.concatenate([m for m, _ in grids]), np.concatenate([w for _, w in grids])
+    # squared covariance over variance: what the sigmoid explains
+    told = (centred @ rise[0].T) ** 2 if len(middles) == 1 else np.einsum("rgn,rn->rg", rise, centred) ** 2
+    top = told.argmax(1)
+    rows = np.zeros_like(top) if len(middles) == 1 else np.arange(len(top))
+    return middles[rows, top], widths[rows, top]
 
 
 def _logistic(z: NDArray[np.float64]) -> NDArray[np.float64]:
