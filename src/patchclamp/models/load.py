@@ -55,7 +55,7 @@ def _refuse_split(model: Any, name: str) -> None:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model by name, without its weights; raises `ModelError` where there is none."""
-    return _tokenizer(None, resolve(name), name, None, False)
+    return _tokenizer(None, _tokenizer_place(name), name, None, False)
 
 
 def resolve(name: str) -> str:
@@ -143,11 +143,21 @@ def _only_safetensors(folder: Path, name: str) -> None:
         raise ModelError(f"{name} holds no *.safetensors weights")
 
 
+def _tokenizer_place(name: str) -> str:
+    """Where a tokenizer is: a folder may hold one and no model."""
+    path = Path(name).expanduser()
+    return str(path) if path.is_dir() and _has_vocabulary(path) else resolve(name)
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any(any(folder.glob(name)) for name in VOCABULARY)
+
+
 def _tokenizer(given: Any, where: str | None, name: str, revision: str | None, trust: bool) -> Any:
     if given is not None and not isinstance(given, str | os.PathLike):
         return given
-    place = resolve(str(given)) if given is not None else where
-    if place is None or (given is None and Path(place).is_dir() and not any(any(Path(place).glob(name)) for name in VOCABULARY)):
+    place = _tokenizer_place(str(given)) if given is not None else where
+    if place is None or (given is None and Path(place).is_dir() and not _has_vocabulary(Path(place))):
         return None
     from transformers import AutoTokenizer
 

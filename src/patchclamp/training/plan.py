@@ -16,7 +16,7 @@ def log_spaced(steps: int, count: int = 20) -> tuple[int, ...]:
     """At most `count` + 1 steps from 0 to `steps`: 0, then evenly spaced in the logarithm, rounded, without repeats."""
     if steps < 1 or count < 1:
         raise TrainingError(f"{count} checkpoints over {steps} steps were asked: give at least 1 of each")
-    found = {round(math.exp(math.log(steps) * i / max(count - 1, 1))) for i in range(count)} | {0, steps}
+    found = {0, steps} | {round(math.exp(math.log(steps) * i / (count - 1))) for i in range(count) if count > 1}
     return tuple(sorted(found))
 
 
