@@ -1,14 +1,13 @@
 """One update: forward and backward in pieces, clamps, clipping, the optimizer."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 
 from patchclamp.errors import NumericsError, TrainingError
 from patchclamp.models.model import Model
 from patchclamp.training import distributed
-from patchclamp.training.clamp import Clamp
+from patchclamp.training.clamp import Clamp, joined
 from patchclamp.training.data import Data, Rows
 from patchclamp.training.forward import autocast, logits_of, require_fit
 from patchclamp.training.loss import Loss
@@ -85,10 +84,8 @@ class Update:
     def _backward(self, rows: Rows, step: int, share: float) -> float:
         """Forward and backward of one piece, inside the clamps' edits; returns its loss."""
         model = self.model
-        edits = [found for clamp in self.clamps if (found := clamp.edits(model, step, rows))]
-        with ExitStack() as stack:
-            for found in edits:
-                stack.enter_context(model.editing(found, rows.batch))
+        edits = [clamp.edits(model, step, rows) for clamp in self.clamps]
+        with joined(model, edits, rows):
             with autocast(model, self.training.precision):
                 value = self.loss(logits_of(model, rows), rows)
             number = float(value.detach())
