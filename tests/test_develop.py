@@ -112,6 +112,7 @@ def test_when_effects_form_and_whether_they_stay():
         "L0.h3": "never",
     }
     assert (found["L0.h0"]["before"], found["L0.h0"]["formed"], found["L0.h0"]["final"]) == (10, 20, 3.0)
+    assert found["L0.h0"]["half"] == 20 and found["L0.h1"]["half"] is None and found["L0.h2"]["half"] == 30
     assert (found["L0.h1"]["first"], found["L0.h1"]["lost"], found["L0.h1"]["peak_step"]) == (10, 10, 10)
     assert (found["L0.h2"]["before"], found["L0.h2"]["formed"], found["L0.h2"]["turned"]) == (20, 30, True)
     assert found["L0.h3"]["formed"] is None and found["L0.h3"]["first"] is None
@@ -128,14 +129,14 @@ def test_a_training_is_followed_kept_and_shown(folder, tmp_path):
     def run() -> tuple[object, Path]:
         return follow(
             checkpoints(folder), tmp_path / "dev", tasks=["induction"], measures={"heads": counted},
-            plan=Plan(n=32, force=True, min_accuracy=0.0), metrics=pl.DataFrame({"step": [0, 1], "name": ["loss", "loss"], "value": [4.0, 3.0]}),
+            plan=Plan(n=16, force=True, min_accuracy=0.0), metrics=pl.DataFrame({"step": [0, 1], "name": ["loss", "loss"], "value": [4.0, 3.0]}),
         )  # fmt: skip
 
     found, place = run()
     assert found.steps == (0, 500, 4000) and len(called) == 3
     again, _ = run()
     assert len(called) == 3 and again.maps.equals(found.maps)
-    alone = map_task(Model.load("zoo/small"), "induction", Plan(n=32, force=True, min_accuracy=0.0), do=("verify",)).scores
+    alone = map_task(Model.load("zoo/small"), "induction", Plan(n=16, force=True, min_accuracy=0.0), do=("verify",)).scores
     last = found.maps.filter(pl.col("step") == 4000)
     assert last["site"].to_list() == alone.filter(pl.col("kind") != "embed")["site"].to_list()
     assert last["exact"].to_list() == pytest.approx(alone.filter(pl.col("kind") != "embed")["exact"].to_list(), abs=1e-5)

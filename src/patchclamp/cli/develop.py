@@ -147,7 +147,7 @@ def _show(found: "Development", report: Path) -> None:
     common.out.print(Text(f"{len(found.steps)} checkpoints, step {found.steps[0]} to {found.steps[-1]}", style="bold"))
     for (task,), base in found.baselines.group_by("task", maintain_order=True):
         _show_task(found, str(task), base)
-    turns = found.phases.filter(pl.col("verdict") == "turns")
+    turns = found.phases.filter(pl.col("verdict") == "turns").sort(pl.col("curve").str.contains(" of L"), maintain_order=True)
     if found.phases.height:
         common.out.print(Text(f"\n{turns.height} of {found.phases.height} curves turn", style="italic"))
         common.print_rows([_turn(row) for row in turns.head(LISTED).iter_rows(named=True)])
@@ -176,7 +176,8 @@ def _show_task(found: "Development", task: str, base: "pl.DataFrame") -> None:
             {
                 "part": row["site"],
                 "effect": row["word"],
-                "formed between": _between(row),
+                "clear from": row["formed"],
+                "half of it from": row["half"],
                 "last clear": row["lost"],
                 "at the end": f"{row['final']:+.2f}",
                 "largest": f"{row['peak']:+.2f} at {row['peak_step']}",
@@ -187,12 +188,6 @@ def _show_task(found: "Development", task: str, base: "pl.DataFrame") -> None:
     left = found.lives.filter(pl.col("task") == task).height - min(lived.height, LISTED)
     if left:
         common.out.print(Text(f"{left} more parts are in the report", style="dim"))
-
-
-def _between(row: dict[str, object]) -> str:
-    if row["formed"] is None:
-        return "-"
-    return f"{row['before']} and {row['formed']}" if row["before"] is not None else f"by {row['formed']}"
 
 
 def _turn(row: dict[str, float]) -> dict[str, object]:

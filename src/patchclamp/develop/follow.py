@@ -34,6 +34,8 @@ BASELINES = {"task": pl.String, "step": pl.Int64, "n": pl.Int64, "accuracy": pl.
              "run": pl.String, "error": pl.String}  # fmt: skip
 PHASES = {"curve": pl.String, "verdict": pl.String, "step": pl.Float64, "low": pl.Float64, "high": pl.Float64,
           "width": pl.Float64, "before": pl.Float64, "after": pl.Float64}  # fmt: skip
+WHOLE = "model"
+"""What measures call the whole model."""
 FEWEST = 8
 """Points of a curve that is asked for a turn."""
 POINTS = 300
@@ -169,7 +171,8 @@ def _measured(
         for name, measure in measures.items():
             frame = run.step(f"{name}-{one.step}", lambda measure, held: measure(held()), measure, held)
             empty = [pl.lit(None, CURVES[column]).alias(column) for column in ("low", "high") if column not in frame.columns]
-            frame = frame.with_columns(pl.lit(one.step).alias("step"), pl.lit(name).alias("measure"), *empty)
+            whole = pl.when(pl.col("part") == WHOLE).then(pl.lit("")).otherwise(pl.col("part")).alias("part")
+            frame = frame.with_columns(pl.lit(one.step).alias("step"), pl.lit(name).alias("measure"), whole, *empty)
             frames.append(frame.select(*CURVES).cast(CURVES))  # pyright: ignore[reportArgumentType]
         told("checkpoints measured", number + 1, len(found))
     return pl.concat(frames)
@@ -257,13 +260,14 @@ def _pair_rows(task: str, step: int, record: Record) -> pl.DataFrame:
 
 
 def _phases(curves: pl.DataFrame, baselines: pl.DataFrame) -> pl.DataFrame:
-    """Where each curve turns, and each task's metric: of curves of single parts, those that do."""
+    """Where each curve turns, and each task's metric: of curves of single parts, those that do. What never changes is no curve."""
     rows: list[dict[str, Any]] = []
+    curves = curves.filter(pl.col("value").n_unique().over("measure", "name", "part") > 1)
     for (measure, name, part), frame in curves.group_by("measure", "name", "part", maintain_order=True):
         rows.append(_phase(f"{measure}: {name}" + (f" of {part}" if part else ""), frame, "value", bool(part)))
     for (task,), frame in baselines.drop_nulls("open").group_by("task", maintain_order=True):
         rows.append(_phase(f"{task}: metric", frame, "open", False))
-    frame = pl.DataFrame(rows, schema={**PHASES, "part": pl.Boolean})
+    frame = pl.DataFrame(rows, schema={**PHASES, "part": pl.Boolean}).sort("part", maintain_order=True)
     return frame.filter(~pl.col("part") | (pl.col("verdict") == "turns")).drop("part")
 
 

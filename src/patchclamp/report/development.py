@@ -46,14 +46,16 @@ def context(found: Development) -> dict[str, Any]:
     return {
         "sections": [
             ("curves", "Curves"),
-            ("phases", "Phase changes"),
             *((task["id"], task["name"]) for task in told),
+            ("parts", "Measures of parts"),
+            ("phases", "Where curves turn"),
             ("provenance", "Provenance"),
         ],
         "title": f"Development of {_short(str(found.about['checkpoints'][0][1]))}",
         "steps": found.steps,
         "of": len(found.steps),
         "curves": _curves(found, marks),
+        "by_part": _by_part(found),
         "phases": found.phases.to_dicts(),
         "tasks": told,
         "failed": found.baselines.filter(pl.col("error") != "").to_dicts(),
@@ -122,16 +124,27 @@ def _task(found: Development, task: str, number: int) -> dict[str, Any]:
 
 
 def _curves(found: Development, marks: pl.DataFrame) -> list[Figure]:
-    """A chart per measure: numbers of the whole model as lines; of parts, the film strip of each number."""
+    """A chart per number of the whole model, the training's own first."""
+    frame = found.curves.filter((pl.col("part") == "") & _changes()).sort(pl.col("measure") != "training", maintain_order=True)
     figures: list[Figure] = []
-    for (measure,), frame in found.curves.group_by("measure", maintain_order=True):
-        whole = frame.filter(pl.col("part") == "")
-        for (name,), one in whole.group_by("name", maintain_order=True):
-            caption = f"{measure}: {name}"
-            figures.append(figure(_id(measure, name), learning_curve({caption: one}, marks, "container"), caption))
-        for (name,), one in frame.filter(pl.col("part") != "").group_by("name", maintain_order=True):
-            figures.append(figure(_id(measure, name, "parts"), number_strip(one, "container"), f"{measure}: {name}, by part"))
+    for (measure, name), one in frame.group_by("measure", "name", maintain_order=True):
+        caption = f"{measure}: {name}"
+        figures.append(figure(_id(measure, name), learning_curve({caption: one}, marks, "container"), caption))
     return figures
+
+
+def _by_part(found: Development) -> list[Figure]:
+    """A film strip per number that parts have."""
+    frame = found.curves.filter((pl.col("part") != "") & _changes())
+    return [
+        figure(_id(measure, name, "parts"), number_strip(one, "container"), f"{measure}: {name}")
+        for (measure, name), one in frame.group_by("measure", "name", maintain_order=True)
+    ]
+
+
+def _changes() -> pl.Expr:
+    """Numbers that are the same at every step of every part are no curves."""
+    return pl.col("value").n_unique().over("measure", "name") > 1
 
 
 def _id(*words: object) -> str:

@@ -145,7 +145,7 @@ def slider(maps: pl.DataFrame, width: Width = 420) -> Chart:
         x, y, _signed_colour("value", "exact effect", size), tooltip=["site:N", "step:Q", "effect:N"]
     )
     said = data([{"at": i, "text": f"step {step}"} for i, step in enumerate(steps)]).transform_filter("datum.at == at")
-    words = said.mark_text(align="left", baseline="bottom", fontSize=13, color=INK, x=0, y=-6).encode(text="text:N")
+    words = said.mark_text(align="right", baseline="bottom", fontSize=13, color=INK, x="width", y=-6).encode(text="text:N")
     return styled(
         alt.layer(cells, words).add_params(chosen),
         "Exact effects at the checkpoint that the slider chooses.",
