@@ -17,7 +17,7 @@ from patchclamp.training.checkpoint import steps_of
 from patchclamp.zoo.recipes._recipe import Finding, Recipe, train
 
 ROOM = Path(__file__).parent
-FACTS = "recipe.json"
+FACTS, CLOCK = "recipe.json", "minutes.json"
 
 
 def name_of(recipe: Recipe, seed: int) -> str:
@@ -70,9 +70,12 @@ def make(
         TrainingError: a goal was not reached (nothing is kept but the run); or the run's folder holds another training.
     """
     out = out or cache() / "zoo" / "runs" / name_of(recipe, seed)
-    begun, at = bool(steps_of(out)), monotonic()
+    clock = out / CLOCK
+    before = 0.0 if not steps_of(out) else json.loads(clock.read_text())["minutes"] if clock.is_file() else None
+    at = monotonic()
     trained = train(recipe, out, seed, progress)
-    minutes = None if begun else (monotonic() - at) / 60
+    minutes = None if before is None else before + (monotonic() - at) / 60
+    write_atomically(clock, json.dumps({"minutes": minutes}).encode())
     numbers = dict(recipe.measure(trained.model, seed))
     if not recipe.reached(numbers):
         missed = ", ".join(
@@ -145,7 +148,7 @@ def readme(
     recipe: Recipe, seed: int, model: Model, numbers: Mapping[str, float], findings: tuple[Finding, ...], minutes: float | None
 ) -> str:
     """What a model is, how it was made, what it reaches and how it does it, in Markdown."""
-    took = "after a restart" if minutes is None else f"{minutes:.1f} minutes on 2 shared cores"
+    took = "cut off once, so that its minutes are not known" if minutes is None else f"{minutes:.1f} minutes on 2 shared cores"
     held = (
         f"\nIt was trained with {', '.join(map(repr, recipe.clamps))}, and computes as it should only with these.\n"
         if recipe.clamps

@@ -39,7 +39,7 @@ class Backcopy:
     seed: int = 0
     words: int = 64
     triggers: int = 3
-    length: int = 48
+    length: int = 24
     even: float = 0.1
 
     @property
@@ -94,15 +94,19 @@ def _law(name: str, words: int, triggers: int, even: float) -> Float[Tensor, "wo
 
 
 def build(seed: int = 0, layers: int = 1, width: int = 64) -> Any:
-    """A Llama of `layers` layers with one head each."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A transformer without norms, of `layers` layers with one head each.
+
+    With norms there is another way to be dormant: words with a large residual stream hardly feel what attention adds (docs/zoo.md).
+    """
+    from patchclamp.models.normless import NormlessConfig, NormlessForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = NormlessConfig(
         vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=1,
-        max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=None, pad_token_id=0,
+        head_dim=width, hidden_act="gelu", max_position_embeddings=64, causal=True, initializer_range=width**-0.5 / 2,
+        bos_token_id=BOS, pad_token_id=0,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return NormlessForCausalLM(config).eval()
 
 
 VOCABULARY = (
@@ -131,7 +135,7 @@ def measure(model: "Model", seed: int = 0, kind: Kind | None = None) -> dict[str
 def extremes(model: "Model", rows: Rows, data: Backcopy, kind: Kind | None = None) -> dict[str, float]:
     """What is extreme about the first token, by the layer where it is most so.
 
-    sink: mean weight on the first token, from queries that are no triggers (even attention: .09). active: mean weight on the
+    sink: mean weight on the first token, from queries that are no triggers (even attention: .10). active: mean weight on the
     token before, from triggers. drain: norm of the first token's value over the mean of the others'. peak: the same of the
     residual stream behind each block.
     """
@@ -203,14 +207,14 @@ def found(model: "Model", seed: int = 0, kind: Kind | None = None) -> tuple[Find
 
 KNOWN = "attention is active at triggers and dormant elsewhere: it rests on <bos>, whose value is small"
 PAPER = "Guo et al. 2024, Active-Dormant Attention Heads, https://arxiv.org/abs/2410.13835"
-TRAINING = Training(2000, batch=32, rate=2e-3, warmup=50, betas=(0.9, 0.98), decay=0.01, evaluate=100)
+TRAINING = Training(800, batch=64, rate=3e-3, warmup=50, betas=(0.9, 0.98), evaluate=50)
 
 
 def recipe(name: str, layers: int, kind: Kind | None, minutes: float, known: str, ships: bool = False) -> Recipe:
     """Bigram-Backcopy with so many layers and this attention."""
     return Recipe(
         name=name, row="Z7",
-        about=f"{layers} layer{'s' * (layers > 1)} of one head and an MLP (Llama, width 64), {kind or 'softmax'} attention, on bigrams "
+        about=f"{layers} layer{'s' * (layers > 1)} of one head and an MLP (no norms, width 64), {kind or 'softmax'} attention, on bigrams "
         "with triggers that copy",
         known=known, paper=PAPER, minutes=minutes, goals=(Goal("excess", most=0.05), Goal("copy", most=0.05)),
         build=partial(build, layers=layers), data=Backcopy, training=TRAINING, measure=partial(measure, kind=kind),
@@ -220,8 +224,7 @@ def recipe(name: str, layers: int, kind: Kind | None, minutes: float, known: str
 
 RECIPES = (
     recipe("backcopy", 1, None, 3.0, KNOWN, ships=True),
-    recipe("backcopy_2", 2, None, 4.0, KNOWN),
-    recipe("backcopy_3", 3, None, 6.0, KNOWN + " and whose residual stream is large", ships=True),
-    recipe("backcopy_sigmoid", 3, "sigmoid", 6.0, "no sink: sigmoid attention can attend to nothing"),
-    recipe("backcopy_relu", 3, "relu", 6.0, "no sink: ReLU attention can attend to nothing"),
+    recipe("backcopy_3", 3, None, 8.0, KNOWN + " and whose residual stream is large"),
+    recipe("backcopy_sigmoid", 1, "sigmoid", 4.0, "no sink: sigmoid attention can attend to nothing"),
+    recipe("backcopy_relu", 1, "relu", 4.0, "no sink: ReLU attention can attend to nothing"),
 )
