@@ -8,7 +8,7 @@ import cases
 from patchclamp.errors import MeasureError
 from patchclamp.models.model import Model
 from patchclamp.units import repeated
-from patchclamp.units.recall import _of_layer, half_of, recall, recalled, serial_recall, without
+from patchclamp.units.recall import _of_layer, half_of, recall, recalled, second_times, serial_recall, shuffled, without
 from patchclamp.zoo import wired
 
 
@@ -18,7 +18,12 @@ def numbers(table) -> dict[tuple[str, str], float]:  # type: ignore[no-untyped-d
 
 def test_where_the_list_is() -> None:
     assert half_of(torch.tensor([[1, 5, 6, 7, 5, 6, 7], [1, 8, 9, 5, 8, 9, 5]])) == (1, 3)
-    for rows in ([[5, 6, 7, 8]], [[5, 5, 5, 5]], [[5, 6, 5, 6], [5, 6, 6, 5]]):
+    mixed = torch.tensor([[1, 5, 6, 7, 6, 7, 5], [1, 8, 9, 5, 5, 8, 9]])
+    assert half_of(mixed) == (1, 3)
+    assert second_times(mixed, 1, 3).tolist() == [[6, 4, 5], [5, 6, 4]]
+    with pytest.raises(MeasureError, match="same order"):
+        half_of(mixed, ordered=True)
+    for rows in ([[5, 6, 7, 8]], [[5, 5, 5, 5]], [[5, 6, 5, 6], [5, 6, 6, 7]]):
         with pytest.raises(MeasureError, match="said twice"):
             half_of(torch.tensor(rows))
 
@@ -27,12 +32,13 @@ def test_shares_by_lag_are_loops() -> None:
     n, length, start, far, edge = 17, 8, 1, 3, 2
     pattern = torch.rand(2, 3, n, n, generator=torch.Generator().manual_seed(0)).tril()
     pattern = pattern / pattern.sum(-1, keepdim=True)
-    found = _of_layer(pattern, start, length, far, edge)
+    order = torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
+    tokens = torch.cat([torch.ones(2, 1, dtype=torch.long), torch.arange(5, 13).expand(2, -1), order + 5], 1)
+    found = _of_layer(recalled(pattern, second_times(tokens, start, length), start), far, edge)
     for row in range(2):
+        where = {int(item): start + length + place for place, item in enumerate(order[row])}
         for h in range(3):
-            block = np.array(
-                [[float(pattern[row, h, start + length + i, start + j]) for j in range(length)] for i in range(length)]
-            )
+            block = np.array([[float(pattern[row, h, where[i], start + j]) for j in range(length)] for i in range(length)])
             by_lag = {}
             for lag in range(-far, far + 1):
                 items = [i for i in range(length) if 0 <= i + lag < length]
@@ -55,11 +61,11 @@ def test_shares_by_lag_are_loops() -> None:
 def test_attention_spread_evenly_has_no_memory() -> None:
     n, length = 21, 10
     even = torch.ones(1, 1, n, n).tril() / torch.arange(1, n + 1)[None, None, :, None]
-    found = _of_layer(even, 1, length, 4, 3)
+    again = torch.arange(1 + length, n)[torch.randperm(length, generator=torch.Generator().manual_seed(0))][None]
+    found = _of_layer(recalled(even, again, 1), 4, 3)
     assert all(float(value) == pytest.approx(0.1) for name, value in found.items() if name.startswith("crp"))
     for name in ("asymmetry", "contiguity", "primacy", "recency"):
         assert float(found[name]) == pytest.approx(0, abs=1e-9)
-    assert recalled(even, 1, length).shape == (1, 1, length, length)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -70,14 +76,15 @@ def test_the_wired_induction_head_recalls_what_comes_next(family: str) -> None:
         token for token in range(len(made.wiring.vocabulary)) if made.wiring.embed[token, made.wiring.space["concept"]].any()
     ]
     order = torch.stack([torch.randperm(len(concepts), generator=torch.Generator().manual_seed(seed))[:10] for seed in range(6)])
-    rows = torch.cat([torch.ones(6, 1, dtype=torch.long), *[torch.tensor(concepts)[order]] * 2], 1)
+    mixed = torch.stack([row[torch.randperm(10, generator=torch.Generator().manual_seed(9))] for row in order])
+    rows = torch.cat([torch.ones(6, 1, dtype=torch.long), torch.tensor(concepts)[order], torch.tensor(concepts)[mixed]], 1)
     found = numbers(recall(model, rows))
     assert found["L1.h2", "crp.+1"] > 0.9 and found["L1.h2", "asymmetry"] > 0.99 and found["L1.h2", "contiguity"] > 0.4
-    assert found["model", "serial"] == 1 and found["model", "chance"] == pytest.approx(0.1)
+    assert found["model", "serial"] > 0.9 and found["model", "chance"] == pytest.approx(0.1)
     closed = without(model, ["L1.h2"], rows)
     after = numbers(closed)
-    assert after["model", "serial"] == 1 and after["model", "serial.without"] < 0.3 and after["model", "change"] < -0.7
-    assert after["model", "serial.2"] == 1 and len(closed) == 3 + 2 * 9
+    assert after["model", "serial"] > 0.9 and after["model", "serial.without"] < 0.3 and after["model", "change"] < -0.7
+    assert len(closed) == 3 + 2 * 9
     idle = numbers(without(model, ["L1.h0"], rows, how="mean"))
     assert idle["model", "change"] == 0
 
@@ -85,10 +92,11 @@ def test_the_wired_induction_head_recalls_what_comes_next(family: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "gemma2", "bloom"])
 def test_families_and_serial_recall_as_a_loop(name: str) -> None:
     model = cases.model_of(name)
-    rows = repeated(model, n=4, length=7)
+    rows = shuffled(model, n=4, length=7)
     with torch.no_grad():
         best = model.hf(input_ids=rows).logits.argmax(-1)
-    expected = [[float(best[row, 7 + i] == rows[row, 8 + i]) for i in range(6)] for row in range(4)]
+    again = [[rows[row].tolist().index(int(rows[row, i]), 7) for i in range(6)] for row in range(4)]
+    expected = [[float(best[row, again[row][i]] == rows[row, i + 1]) for i in range(6)] for row in range(4)]
     np.testing.assert_array_equal(serial_recall(model, rows), expected)
     found = recall(model, rows, edge=2)
     assert len(found.filter(name="asymmetry")) == 8 and found.filter(part="model", name="serial")["value"][0] == np.mean(expected)

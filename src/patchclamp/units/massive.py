@@ -24,7 +24,9 @@ ABOVE, TIMES = 100.0, 1000.0
 STREAM = ("embed", "resid.post")
 
 
-def massive(model: Model, inputs: Inputs, *, above: float = ABOVE, times: float = TIMES, seed: int = 0) -> pl.DataFrame:
+def massive(
+    model: Model, inputs: Inputs, *, above: int | float = ABOVE, times: int | float = TIMES, seed: int = 0
+) -> pl.DataFrame:
     """How far the largest activation of the residual stream stands above the median, by layer.
 
     Of |h| over a row's real tokens and all coordinates:
@@ -96,7 +98,7 @@ def _median(size: Float[Tensor, "row position width"]) -> Float[Tensor, " row"]:
 
 
 def _is_massive(
-    size: Float[Tensor, "row position width"], median: Float[Tensor, " row"], above: float, times: float
+    size: Float[Tensor, "row position width"], median: Float[Tensor, " row"], above: int | float, times: int | float
 ) -> Bool[Tensor, "row position width"]:
     return (size > above) & (size > times * median[:, None, None])
 
@@ -115,8 +117,8 @@ class Held:
     """
 
     values: tuple[tuple[int, float], ...]
-    above: float
-    times: float
+    above: int | float
+    times: int | float
 
     def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
         size = _sizes(value, seen.mask)
@@ -131,8 +133,8 @@ def intervene(
     model: Model,
     inputs: Inputs,
     *,
-    above: float = ABOVE,
-    times: float = TIMES,
+    above: int | float = ABOVE,
+    times: int | float = TIMES,
     layer: int | None = None,
     ways: Sequence[str] = ("zero", "mean"),
     seed: int = 0,
@@ -178,8 +180,8 @@ def intervene(
 class Others:
     """The control: in each row, as many activations as are massive, drawn among the others, are set to zero."""
 
-    above: float
-    times: float
+    above: int | float
+    times: int | float
     seed: int
 
     def __call__(self, value: Tensor, seen: Seen, /) -> Tensor:
@@ -194,7 +196,7 @@ class Others:
 
 
 def _first(
-    model: Model, inputs: Inputs, above: float, times: float, layer: int | None
+    model: Model, inputs: Inputs, above: int | float, times: int | float, layer: int | None
 ) -> tuple[Site, Float[np.ndarray, " example"], list[tuple[int, float]]]:
     """Where massive activations first are, how many each row has there, and their mean by coordinate."""
     counts: dict[int, list[Tensor]] = {}

@@ -172,7 +172,7 @@ def three_logits(model: Model, inputs: Inputs | None = None, seed: int = 0) -> p
     """
     given = repeated(model, length=fitting(model), seed=seed) if inputs is None else inputs
     batch = model.batch(given)
-    start, length = half_of(batch.tokens)
+    start, length = half_of(batch.tokens, ordered=True)
     found: dict[tuple[str, str], list[Tensor]] = {}
     for piece, values in recorded(model, batch, ["scores"]):
         where = looks(piece.tokens, piece.mask)
