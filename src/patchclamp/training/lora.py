@@ -1,6 +1,7 @@
 """LoRA: small factors are trained, and the model that they are put on stays as it is."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,7 +61,10 @@ def lora(
         target_modules=targets if isinstance(targets, str) else list(targets), fan_in_fan_out=_transposed(base, targets),
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )  # peft asks for it by that name
         torch.manual_seed(seed)
         try:
             adapted: Any = get_peft_model(base, config)
