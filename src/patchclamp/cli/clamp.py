@@ -106,7 +106,9 @@ def clamp(
         except KeyboardInterrupt:
             common.err.print(Text("interrupted; what was trained is kept: run the same command again to go on"))
             raise typer.Exit(130) from None
-    _show(found, out, as_json)
+    from patchclamp.report.counterfactual import write_counterfactual
+
+    _show(found, out, write_counterfactual(out), as_json)
 
 
 def _sources(
@@ -154,10 +156,16 @@ def _folder(name: str) -> str:
     return kept.strip("-.")
 
 
-def _show(found: "Counterfactual", out: Path, as_json: bool) -> None:
+def _show(found: "Counterfactual", out: Path, report: Path, as_json: bool) -> None:
     if as_json:
         common.print_json(
-            {"folder": out, "runs": found.table.to_dicts(), "arms": found.arms.to_dicts(), "about": dict(found.about)}
+            {
+                "folder": out,
+                "report": report,
+                "runs": found.table.to_dicts(),
+                "arms": found.arms.to_dicts(),
+                "about": dict(found.about),
+            }
         )
         return
     confidence = found.about.get("confidence", 0.95)
@@ -181,7 +189,7 @@ def _show(found: "Counterfactual", out: Path, as_json: bool) -> None:
         }
         for row in found.arms.to_dicts()
     ])  # fmt: skip
-    common.out.print(Text(str(out)), soft_wrap=True)
+    common.out.print(Text.assemble(("Report ", "bold"), str(report)), soft_wrap=True)
 
 
 def _span(middle: float | None, low: float | None, high: float | None) -> str:

@@ -8,7 +8,7 @@ import polars as pl
 
 from patchclamp.report.look import BARE, DIVERGING, INK, ROLES, STROKES, Chart, Width, data, spoken, styled
 
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#9C5A87", "#6f6a63", "#b8860b"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#9C5A87", "#6f6a63", "#b8860b"]
 LARGEST = 40
 """Parts of a film strip at most: those of the largest effect at any checkpoint."""
 
@@ -28,10 +28,10 @@ def learning_curve(
     colour = alt.Color(
         "curve:N",
         title=None,
-        scale=alt.Scale(domain=names, range=_COLOURS[: len(names)]),
+        scale=alt.Scale(domain=names, range=COLOURS[: len(names)]),
         legend=STROKES if len(names) > 1 else None,
     )
-    base = data(rows).encode(_over_steps(), colour)
+    base = data(rows).encode(over_steps(), colour)
     tips = ["curve:N", alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".4g")]
     layers: list[Any] = []
     if any(row.get("low") is not None for row in rows):
@@ -194,7 +194,8 @@ def _signed_colour(column: str, title: str, size: float) -> alt.Color:
     )
 
 
-def _over_steps() -> alt.X:
+def over_steps() -> alt.X:
+    """Steps to the right, in the logarithm of step + 1 (`x`)."""
     return alt.X(
         "x:Q", title="step + 1 (logarithmic)", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(tickCount=6, format="~s")
     )
