@@ -81,7 +81,7 @@ def test_looking(cli: Cli, saved: Path):
     code, out, _ = cli("tasks", saved / "pairs.jsonl", "--model", saved)
     assert code == 0 and "clean" in out and "answer" in out
     assert "gpt_neox" in cli("families")[1]
-    assert "zoo/small" in cli("zoo")[1] and "ioi" in cli("zoo", "about", "zoo/small")[1]
+    assert "zoo/small" in cli("zoo", "list")[1] and "ioi" in cli("zoo", "about", "zoo/small")[1]
     assert cli("zoo", "about", "smal")[0] == 2
     assert json.loads(cli("sites", saved, "--json")[1])
     code, out, _ = cli("doctor", saved)

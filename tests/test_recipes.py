@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,3 +297,31 @@ def test_a_name_cannot_leave_the_zoo() -> None:
     for name in ("zoo/../zoo/small", "zoo/", "zoo/small/../hist"):
         with pytest.raises(ModelError):
             Model.load(name)
+
+
+def test_the_command_line_lists_trains_and_loads(short, cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    listed = json.loads(cli("zoo", "list", "--json")[1])
+    rows = {row["model"]: row for row in listed["recipes"]}
+    assert rows["zoo/quick"]["weights"] == "to be trained" and rows["zoo/induction"]["weights"] == "ships"
+    assert {row["model"] for row in listed["trained"]} >= {"zoo/small", "zoo/hist"} and "switch" in listed["wired"]
+    code, _, told = cli("zoo", "load", "quick")
+    assert code == 2 and "patchclamp zoo train quick" in told
+    assert "Not trained here yet" in cli("zoo", "about", "zoo/quick")[1]
+    code, out, _ = cli("zoo", "train", "quick", "--out", "run", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["model"] == "zoo/quick" and facts["findings"][0]["holds"] is True
+    assert (tmp_path / "run/checkpoints/step-0000003/config.json").is_file()
+    code, out, _ = cli("zoo", "load", "quick")
+    assert code == 0 and "test_loss 1.5" in out and "it is one" in out
+    assert "it is one" in cli("zoo", "about", "quick")[1]
+    assert json.loads(cli("zoo", "list", "--json")[1])["recipes"][0]["weights"] in ("ships", "trained here")
+    assert cli("zoo", "train", "nothing")[0] == cli("zoo", "about", "nothing")[0] == 2
+
+
+def test_docs_tell_every_recipe() -> None:
+    """docs/zoo.md has a line for each recipe, with its row and its goal."""
+    text = (Path(__file__).parent.parent / "docs/zoo.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    for one in recipes().values():
+        line = next((line for line in lines if line.startswith(f"| {one.name} | {one.row} |")), None)
+        assert line is not None and all(str(goal) in line for goal in one.goals), one.name

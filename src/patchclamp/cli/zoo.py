@@ -20,7 +20,7 @@ Seed = Annotated[int, typer.Option(help="Of the first weights and of the data.",
 
 zoo = typer.Typer(
     help="Models with known mechanisms: those that ship, and recipes that train others.",
-    no_args_is_help=False,
+    no_args_is_help=True,
     add_completion=False,
 )
 
@@ -28,12 +28,6 @@ zoo = typer.Typer(
 def add(app: typer.Typer) -> None:
     """Put the commands on the app."""
     app.add_typer(zoo, name="zoo")
-
-
-@zoo.callback(invoke_without_command=True)
-def _alone(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        listed()
 
 
 @zoo.command("list")

@@ -207,7 +207,7 @@ def found(model: "Model", seed: int = 0, kind: Kind | None = None) -> tuple[Find
 
 KNOWN = "attention is active at triggers and dormant elsewhere: it rests on <bos>, whose value is small"
 PAPER = "Guo et al. 2024, Active-Dormant Attention Heads, https://arxiv.org/abs/2410.13835"
-TRAINING = Training(800, batch=64, rate=3e-3, warmup=50, betas=(0.9, 0.98), evaluate=50)
+TRAINING = Training(1200, batch=64, rate=4e-3, warmup=50, betas=(0.9, 0.98), evaluate=100)
 
 
 def recipe(name: str, layers: int, kind: Kind | None, minutes: float, known: str, ships: bool = False) -> Recipe:
@@ -216,7 +216,7 @@ def recipe(name: str, layers: int, kind: Kind | None, minutes: float, known: str
         name=name, row="Z7",
         about=f"{layers} layer{'s' * (layers > 1)} of one head and an MLP (no norms, width 64), {kind or 'softmax'} attention, on bigrams "
         "with triggers that copy",
-        known=known, paper=PAPER, minutes=minutes, goals=(Goal("excess", most=0.05), Goal("copy", most=0.05)),
+        known=known, paper=PAPER, minutes=minutes, goals=(Goal("excess", most=0.05), Goal("copy", most=0.1)),
         build=partial(build, layers=layers), data=Backcopy, training=TRAINING, measure=partial(measure, kind=kind),
         found=partial(found, kind=kind), clamps=() if kind is None else (Attention(kind),), vocabulary=VOCABULARY, ships=ships,
     )  # fmt: skip
