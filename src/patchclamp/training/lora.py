@@ -37,8 +37,8 @@ def lora(
         rank: of the factors.
         alpha: by default the rank, so that the scale is 1.
         dropout: on what A reads, while training.
-        targets: names of modules (their ends), or "all-linear": every linear map but the unembedding. (Experts whose weights are
-            fused into one tensor are no linear maps, and stay as they are.)
+        targets: names of modules (their ends), or "all-linear": every linear map but the unembedding; where experts are fused into
+            one tensor, the linear maps of attention.
         seed: of A.
 
     Raises:
@@ -56,9 +56,10 @@ def lora(
         raise TrainingError("LoRA needs peft: pip install 'patchclamp[peft]'") from None
     shared: dict[int, Any] = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.hf.parameters()}
     base = copy.deepcopy(model.hf, shared)  # modules anew, weights the same memory
+    names = linear_maps(base) if targets == ALL else [targets] if isinstance(targets, str) else list(targets)
     config = LoraConfig(
         r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets), fan_in_fan_out=_transposed(base, targets),
+        target_modules=names, fan_in_fan_out=_transposed(base, names),
         task_type="CAUSAL_LM",
     )  # fmt: skip
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -73,7 +74,21 @@ def lora(
     return replace(Model.load(adapted.eval(), tokenizer=model.tokenizer), name=model.name)
 
 
-def _transposed(hf: nn.Module, targets: str | Sequence[str]) -> bool:
+def linear_maps(hf: Any) -> list[str]:
+    """Every linear map but the unembedding, by its whole name; where experts are fused into one tensor, those of attention alone.
+
+    (peft takes MLPs' maps in such a model for its experts', and cannot fold those factors in again.)
+    """
+    last, fused = hf.get_output_embeddings(), any(weight.ndim == 3 for weight in hf.parameters())
+    return [
+        name
+        for name, module in hf.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not last
+        if not (fused and ".mlp." in name)
+    ]
+
+
+def _transposed(hf: nn.Module, names: Sequence[str]) -> bool:
     """Whether the adapted maps keep their weights as [in, out] (GPT-2's Conv1D)."""
-    ends = None if isinstance(targets, str) else tuple(targets)
-    return any(type(module).__name__ == "Conv1D" and (ends is None or name.endswith(ends)) for name, module in hf.named_modules())
+    ends = tuple(names)
+    return any(type(module).__name__ == "Conv1D" and name.endswith(ends) for name, module in hf.named_modules())
