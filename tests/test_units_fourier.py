@@ -120,6 +120,25 @@ def test_the_neuron_logit_map_is_the_product_of_weights() -> None:
         )
 
 
+def test_key_frequencies_by_the_embedding_or_the_neurons() -> None:
+    p, number = 11, torch.arange(11)
+    hf = cases.tiny("llama")
+    waves = [wave(2 * torch.pi * k * number / p) for k in (2, 5) for wave in (torch.cos, torch.sin)]
+    with torch.no_grad():
+        hf.model.embed_tokens.weight[:p] = 0.01 * hf.model.embed_tokens.weight[:p]
+        hf.model.embed_tokens.weight[:p, :4] += torch.stack(waves, 1)
+        hf.lm_head.weight[:p] = torch.outer(torch.cos(2 * torch.pi * 3 * number / p), torch.ones(32))
+    model = Model.load(hf)
+    rows = torch.tensor([[1, 2, p], [3, 4, p]])
+    for by, count in (("embed", 2), ("neurons", 1)):
+        found = {(part, kind): value for part, kind, value, *_ in fourier(model, rows, by=by).rows()}  # type: ignore[arg-type]
+        assert found["model", "keys"] == count
+        keys = [k for k in range(1, 6) if found[by, f"frequency.{k}"] > 2 / 5]
+        assert keys == ([2, 5] if by == "embed" else [3])
+    with pytest.raises(MeasureError, match="experts"):
+        fourier(cases.model_of("mixtral"), rows, by="neurons")
+
+
 def test_without_rows_the_modulus_is_the_vocabularys_last_token() -> None:
     p = 13
     model = Model.load(cases.tiny("gpt2"))

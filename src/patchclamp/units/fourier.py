@@ -14,6 +14,7 @@ Paper: Nanda et al. 2023, Progress measures for grokking via mechanistic interpr
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import polars as pl
 import torch
@@ -85,7 +86,7 @@ def power_of_sums(logits: Float[Tensor, "a b answer"]) -> Float[Tensor, " freque
     return power(means) * p
 
 
-def keys_of(found: Float[Tensor, " frequency"], above: float = ABOVE) -> tuple[int, ...]:
+def keys_of(found: Float[Tensor, " frequency"], above: int | float = ABOVE) -> tuple[int, ...]:
     """Key frequencies: those with more than `above` times an even share of the power. May be none: nothing stands out."""
     even = float(found.sum()) / len(found)
     return tuple(int(k) + 1 for k in (found > above * even).nonzero()[:, 0])
@@ -139,7 +140,13 @@ def logits_of(model: Model, p: int, equals: int | None = None) -> Float[Tensor, 
 
 
 def fourier(
-    model: Model, inputs: Inputs | None = None, *, p: int | None = None, keys: Sequence[int] | None = None, above: float = ABOVE
+    model: Model,
+    inputs: Inputs | None = None,
+    *,
+    p: int | None = None,
+    keys: Sequence[int] | None = None,
+    by: Literal["logits", "embed", "neurons"] = "logits",
+    above: int | float = ABOVE,
 ) -> pl.DataFrame:
     """Progress measures of a model of modular addition.
 
@@ -147,8 +154,9 @@ def fourier(
         model: of the sum of two numbers, tokens 0 to p - 1, said as "a b =", the answer after that.
         inputs: the rows it is trained on, [a, b, =] or [a, b, =, c]: they tell the training from the test set.
         p: the modulus; by default the token "=" (of rows), or the vocabulary's last token.
-        keys: key frequencies; give those of the last checkpoint to all checkpoints of a run. By default those of this model's
-            logits that have more than `above` times an even share of the power.
+        keys: key frequencies; give those of the last checkpoint to all checkpoints of a run. By default those of this model
+            that have more than `above` times an even share of the power
+        by: of the logits over a + b, of the embedding, or of the last MLP's neuron-logit map (the paper's).
         above: see `keys_of`.
 
     Returns:
@@ -161,13 +169,17 @@ def fourier(
     Cost: p^2 rows of three tokens.
 
     Raises:
-        MeasureError: rows of another form, a frequency that is none, or no rows and a vocabulary of hundreds of tokens.
+        MeasureError: rows of another form, a frequency that is none, experts where neurons were
+            asked for, or no rows and a vocabulary of hundreds of tokens.
     """
     rows = None if inputs is None else model.batch(inputs).tokens
     modulus, equals = _modulus(model, rows, p)
     logits = logits_of(model, modulus, equals)
     spectrum = power_of_sums(logits)
-    chosen = keys_of(spectrum, above) if keys is None else [_known(k, modulus) for k in keys]
+    spectra = {"embed": power(embedded(model, modulus).cpu()), "logits": spectrum}
+    if by == "neurons" or model.anatomy.layers[-1].down is not None:
+        spectra["neurons"] = power(neuron_logits(model, modulus).cpu())
+    chosen = keys_of(spectra[by], above) if keys is None else [_known(k, modulus) for k in keys]
     sets = {"": torch.ones(modulus, modulus, dtype=torch.bool)}
     if rows is not None:
         seen = torch.zeros(modulus, modulus, dtype=torch.bool)
@@ -184,9 +196,6 @@ def fourier(
         ("model", "explained", float(component(logits, chosen).square().sum() / varying.square().sum().clamp(min=1e-300))),
         ("model", "keys", float(len(chosen))),
     ]
-    spectra = {"embed": power(embedded(model, modulus).cpu()), "logits": spectrum}
-    if model.anatomy.layers[-1].down is not None:
-        spectra["neurons"] = power(neuron_logits(model, modulus).cpu())
     for part, one in spectra.items():
         found.append((part, "gini", gini(one.sqrt())))
         found += [(part, f"frequency.{k + 1}", float(value)) for k, value in enumerate(one / one.sum().clamp(min=1e-300))]

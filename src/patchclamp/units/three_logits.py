@@ -191,7 +191,7 @@ def three_logits(model: Model, inputs: Inputs | None = None, seed: int = 0) -> p
     best: list[Numbers] = []
     for name in ("previous", "induction"):
         heads = [values for (_, kind), values in numbers.items() if kind == name]
-        best.append(Numbers("model", name, max(heads, key=lambda values: float(values.mean()))))
+        best.append(Numbers("model", name, max(heads, key=lambda values: float(np.nan_to_num(values, nan=-np.inf).mean()))))
     return tidy([*(Numbers(part, name, values) for (part, name), values in numbers.items()), *best], seed)
 
 
