@@ -32,7 +32,12 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+OFTEN = ("gpt2", "gemma3", "mixtral")
+"""Plain; with names of its own on the hub; with experts that are fused in memory and apart on the disk. The others run with the long tests."""
+FAMILIES = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.long]) for name in CONFIGS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_padding_on_either_side_changes_nothing(family):
     """Loss and gradient of padded rows are those of the rows one by one: 1e-5, for kernels sum in another order."""
     model = Model.load(tiny(family))
@@ -51,11 +56,7 @@ def test_padding_on_either_side_changes_nothing(family):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
-OFTEN = ("gpt2", "gemma3", "mixtral")
-"""Plain; with names of its own on the hub; with experts that are fused in memory and apart on the disk. The others run with the long tests."""
-
-
-@pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.long]) for name in CONFIGS])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_off_run_of_any_family_ends_in_the_same_weights(family, tmp_path):
     """Files keep the hub's format (experts one by one, other names): what comes back is the same bit for bit."""
     data = Tokens(torch.randint(3, 97, (12, 6), generator=torch.Generator().manual_seed(0)))

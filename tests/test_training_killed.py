@@ -80,7 +80,10 @@ def test_killed_while_checkpoints_are_written(whole, tmp_path):
     same(whole, training_run.run(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("moment", ["save_file", "write_json", "drop"])
+MOMENTS = [*(pytest.param(name, marks=pytest.mark.long) for name in ("save_file", "write_json")), "drop"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_cut_off_inside_the_writing_of_a_checkpoint(whole, tmp_path, monkeypatch, moment):
     """At any of its parts, here by an exception, which leaves what a kill would leave."""
     own, calls = getattr(checkpoint, moment), []
