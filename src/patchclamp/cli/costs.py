@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 def show_cost(
-    model: "Model", task: "Task", plan: "Plan", do: Collection[str], folder: Path | None, memory: str | None, as_json: bool
-) -> None:
+    model: "Model", task: "Task", plan: "Plan", do: Collection[str], folder: Path | None, memory: str | None, as_json: bool,
+    other: "Model | None" = None,
+) -> None:  # fmt: skip
     """Count, calibrate, print. Nothing is written."""
     from patchclamp.study.cost import cost
 
     with err.status("counting, and timing this machine"):
-        found = cost(model, task, plan, do, folder, memory)
+        found = cost(model, task, plan, do, folder, memory, other)
     if as_json:
         print_json(_body(found))
         return

@@ -29,7 +29,8 @@ Metric = Annotated[str | None, typer.Option(help="logit_diff, log_probability, n
 Fallback = Annotated[
     str | None,
     typer.Option(
-        help="What a closed gate passes: resample, mean, zero, optimal (learned constants). [default: resample with pairs, else mean]"
+        help="What a closed gate passes: resample, mean, zero, optimal (learned constants), model (another's: --other). "
+        "[default: resample with pairs, else mean]"
     ),
 ]
 Second = Annotated[str | None, typer.Option(help="The fallback that effects are repeated under.")]
@@ -51,6 +52,18 @@ Parts = Annotated[
         help="nodes (heads and MLPs), edges or neurons: of these a screen finds those worth an exact effect. [default: nodes]",
     ),
 ]
+Tied = Annotated[
+    str | None,
+    typer.Option(
+        "--tied",
+        help="A mixture of parts instead of heads and MLPs, with commas between: L*.block (whole layers), L*.kv* (key/value heads), L0.h*, "
+        "L*.mlp, L1.mlp.e* (experts), L3.mlp.n* (neurons), L9.h6@-1.",
+    ),
+]
+Other = Annotated[
+    str | None, typer.Option("--other", help="The model whose values --fallback model puts in: the base of a fine-tuned one.")
+]
+OtherRevision = Annotated[str | None, typer.Option("--other-revision", help="Its branch, tag or commit on the hub.")]
 Screen = Annotated[str | None, typer.Option("--screen", help="The method that ranks edges or neurons first. [default: gradient]")]
 Methods = Annotated[
     str | None, typer.Option("--methods", help="Those to put side by side, with commas between: gradient,inputs,relevance.")
@@ -129,10 +142,11 @@ def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Pat
         subject, task, plan, loading, asked, out = _from_run(folder, given, loading, asked, out)
     found = common.find_task(str(task), asked.get("options"), asked.get("columns"), asked.get("chat", False), asked.get("bos"))
     model = common.load_model(subject, **loading)
+    other = _other(loading, asked)
     if dry:
         from patchclamp.cli.costs import show_cost
 
-        return show_cost(model, found, plan, steps or STEPS, out, memory, as_json)
+        return show_cost(model, found, plan, steps or STEPS, out, memory, as_json, other)
     source = {"model": subject, "task": task, "loading": loading, "asked": asked}
     from patchclamp.study.cost import pieces_of
 
@@ -140,10 +154,10 @@ def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Pat
     with (
         said_when_interrupted(),
         common.bars(pieces) as bars,
-        open_run(out, model, found, plan, watch=bars.step, source=source) as run,
+        open_run(out, model, found, plan, watch=bars.step, source=source, other=other) as run,
     ):
         common.err.print(Text(f"{subject} on {found.name}: {run.folder}"))
-        study = map(model, found, plan, run, do=steps or STEPS, progress=bars.progress, memory=memory)
+        study = map(model, found, plan, run, do=steps or STEPS, progress=bars.progress, memory=memory, other=other)
         assert study.folder is not None
         report = write_report(study.folder)
     if as_json:
@@ -152,6 +166,17 @@ def _ask(steps: tuple[str, ...] | None, subject: str, task: str | None, out: Pat
         from patchclamp.cli.show import show
 
         show(study, report, steps or STEPS)
+
+
+def _other(loading: dict[str, Any], asked: dict[str, Any]) -> Any:
+    """The model whose values closed gates pass, loaded as the first one is."""
+    if asked.get("other") is None:
+        if asked.get("other_revision") is not None:
+            raise PatchclampError(
+                f"--other-revision {asked['other_revision']} was given, and no model that it is of: --other MODEL"
+            )
+        return None
+    return common.load_model(asked["other"], **{**loading, "revision": asked["other_revision"]})
 
 
 @contextmanager
@@ -228,6 +253,7 @@ OWN = {
     "contrast": ("gate",), "keep": ("gate",), "price": ("gate",), "solutions": ("gate",),
     "parts": ("attribute", "discover", "trust", "localise"), "screen": ("attribute", "discover", "trust", "localise"),
     "methods": ("localise",),
+    "tied": ("map", "gate", "attribute", "verify", "discover", "trust"),
     "search": ("map", "discover", "trust"), "threshold": ("map", "discover", "trust"),
 }  # fmt: skip
 """Options that not every command has."""
@@ -237,7 +263,8 @@ def _command(name: str, steps: tuple[str, ...] | None) -> Any:
     def command(
         subject: Subject, task: TaskArgument = None, out: Out = None, n: N = None, seed: Seed = None, metric: Metric = None,
         fallback: Fallback = None, second: Second = None, direction: Direction = None,
-        routing: Routing = None, method: Method = None, parts: Parts = None, screen: Screen = None, methods: Methods = None, search: Search = None,
+        routing: Routing = None, method: Method = None, tied: Tied = None, other: Other = None,
+        other_revision: OtherRevision = None, parts: Parts = None, screen: Screen = None, methods: Methods = None, search: Search = None,
         threshold: Threshold = None, budget: Budget = None,
         pressure: Pressure = None, pairs_of: PairsOf = None, dynamic: Dynamic = None, sight: Sight = None, contrast: Contrast = None,
         keep: Keep = None, price: Price = None, solutions: Solutions = False, shapley: ShapleyOption = False,
@@ -248,7 +275,8 @@ def _command(name: str, steps: tuple[str, ...] | None) -> Any:
         tokenizer: Tokenizer = None, trust_remote_code: Trust = False, memory: Memory = None, dry_run: DryRun = False, as_json: Json = False,
     ) -> None:  # fmt: skip
         given = {"n": n, "seed": seed, "metric": metric, "fallback": fallback, "second": second, "direction": direction,
-                 "routing": routing, "method": method, "parts": parts, "screen": screen,
+                 "routing": routing, "method": method, "parts": parts,
+                 "tied": None if tied is None else tuple(name.strip() for name in tied.split(",")), "screen": screen,
                  "compared": None if methods is None else tuple(name.strip() for name in methods.split(",")),
                  "search": search, "threshold": threshold,
                  "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
@@ -258,7 +286,14 @@ def _command(name: str, steps: tuple[str, ...] | None) -> Any:
                  "nulls": False if no_nulls else None, "force": True if force else None}  # fmt: skip
         loading = {"dtype": dtype, "device": device, "device_map": device_map, "revision": revision, "tokenizer": tokenizer,
                    "trust": trust_remote_code}  # fmt: skip
-        asked = {"options": option, "columns": columns, "chat": chat, "bos": bos}
+        asked = {
+            "options": option,
+            "columns": columns,
+            "chat": chat,
+            "bos": bos,
+            "other": other,
+            "other_revision": other_revision,
+        }
         beyond = (("dynamic", dynamic), ("contrast", contrast), ("sets", keep or price), ("solutions", solutions))
         wanted = tuple(step for step, asked_for in beyond if asked_for)
         _ask(wanted or steps, subject, task, out, as_json, given, loading, asked, memory, dry_run)

@@ -1,6 +1,7 @@
 """Nulls: the same fit where there is nothing to find. What gates still say there, they say of noise."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def on_twin(parts: Parts, twin: Model, fit: Examples, fallback: Fallback, seed: 
     there = parts.on(twin)
     if isinstance(fallback, Other):
         assert isinstance(there, Gated | Tied)  # no other parts have that rule
-        return there, there.fallback("model", other=reinitialised(fallback.model, seed + 1))
+        with warnings.catch_warnings():  # of what no gate sees: of two draws of all weights that is said of everything
+            warnings.simplefilter("ignore")
+            return there, there.fallback("model", other=reinitialised(fallback.model, seed + 1))
     kind = ":".join([fallback.kind, *([fallback.by] if isinstance(fallback, Mean) else [])])
     return there, there.fallback(kind, fit=fit)
 

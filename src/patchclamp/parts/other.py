@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from patchclamp.errors import GateError
+from patchclamp.models.anatomy import Layer
 from patchclamp.models.model import Model
 from patchclamp.parts.fallbacks import Record, Values
 from patchclamp.sites import Site
@@ -67,29 +68,41 @@ def check_alike(model: Model, other: Model) -> None:
 
 def warn_of_unseen(places: Sequence[Site], model: Model, other: Model) -> None:
     """Say which weights differ that no gate sees: a head's gate stands before the output projection, a neuron's before the down
-    projection, so that what differs behind it stays the model's own."""
+    projection, an expert's on its routing weight, so that what differs behind it stays the model's own."""
     kinds = {(place.layer, place.kind) for place in places}
-    for name, before, behind in (
-        ("output", ("q", "k", "v", "scores", "pattern", "z"), ("attn", "attn.write")),
-        ("down", ("neuron",), ("mlp", "mlp.write")),
-    ):
+    for name, words, before, behind in UNSEEN:
         differ: list[int] = []
         for layer, (mine, theirs) in enumerate(zip(model.anatomy.layers, other.anatomy.layers, strict=True)):
             gates = any((layer, kind) in kinds for kind in before) and not any(
                 (layer, kind) in kinds for kind in (*behind, "resid.mid", "resid.post")
             )
-            pair = [getattr(one, name) for one in (mine, theirs)]
-            if gates and None not in pair and _differ(*pair):
+            if gates and _differ(_weights(mine, name), _weights(theirs, name)):
                 differ.append(layer)
         if differ:
             shown = ", ".join(map(str, differ[:8])) + (" ..." if len(differ) > 8 else "")
             warnings.warn(
-                f"the {name} projections of layers {shown} differ between {model.name} and {other.name}, and the gates there stand "
-                f"before them: what these changed no gate carries (add L*.{behind[-1] if name == 'output' else 'mlp'})",
+                f"the {words[0]} of layers {shown} differ between {model.name} and {other.name}, and the gates there stand "
+                f"{words[1]}: what these changed no gate carries (add L*.{behind[0]})",
                 stacklevel=4,
             )
 
 
-def _differ(one: torch.nn.Module, two: torch.nn.Module) -> bool:
-    pairs = zip(one.parameters(), two.parameters(), strict=True)
-    return any(not torch.equal(mine, theirs.to(mine)) for mine, theirs in pairs)
+UNSEEN = (
+    ("output", ("output projections", "before them"), ("q", "k", "v", "scores", "pattern", "z"), ("attn.write", "attn")),
+    ("down", ("down projections", "before them"), ("neuron",), ("mlp", "mlp.write")),
+    ("experts", ("experts", "on their routing weights"), ("expert", "router"), ("mlp", "mlp.write")),
+)
+"""What stands behind gates, in words, before which kinds of site, and at which a gate would see it."""
+
+
+def _weights(layer: Layer, name: str) -> list[torch.nn.Parameter]:
+    """The weights behind a gate: of a projection, or of all experts without their router."""
+    if name != "experts":
+        module: torch.nn.Module | None = getattr(layer, name)
+        return [] if module is None else list(module.parameters())
+    own = set[int]() if layer.router is None else {id(weight) for weight in layer.router.parameters()}
+    return [weight for weight in layer.mlp.parameters() if id(weight) not in own]
+
+
+def _differ(one: Sequence[torch.nn.Parameter], two: Sequence[torch.nn.Parameter]) -> bool:
+    return any(not torch.equal(mine, theirs.to(mine)) for mine, theirs in zip(one, two, strict=True))

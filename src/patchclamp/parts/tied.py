@@ -171,6 +171,10 @@ class Tied(Labelled[Site]):
         """The sites' gates as edits. See `Gated.edits`."""
         return self.inner.edits(self.spread(gates), fallback, batch)
 
+    def fold(self, batch: Batch, backward: bool = False, column: int = 0) -> int:
+        """How many settings run at once: as many as `memory` allows."""
+        return self.inner.fold(batch, backward, column)
+
     def measure(
         self,
         batch: Batch,

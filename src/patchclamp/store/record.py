@@ -95,7 +95,8 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is needed to get the same numbers again. `seconds` per step, `memory` the peak in bytes, `date` in ISO 8601."""
+    """What is needed to get the same numbers again. `seconds` per step, `memory` the peak in bytes, `date` in ISO 8601; `other` the
+    model whose values closed gates pass, where that is the fallback."""
 
     model: ModelInfo
     task: TaskInfo
@@ -107,6 +108,7 @@ class Provenance:
     digest: str
     command: str
     date: str
+    other: ModelInfo | None = None
 
 
 @dataclass(frozen=True)

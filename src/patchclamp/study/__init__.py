@@ -22,6 +22,7 @@ from patchclamp.store import Run, Watch
 from patchclamp.store.record import Claim, Record
 from patchclamp.study import located, relate, steps
 from patchclamp.study import record as records
+from patchclamp.study.asked import told
 from patchclamp.study.claims import Found, claims, headline
 from patchclamp.study.gates import contrasted, dynamic, sets, several
 from patchclamp.study.localise import localise
@@ -99,6 +100,7 @@ def map(
     do: Collection[str] = STEPS,
     progress: Progress | None = None,
     memory: int | str | None = None,
+    other: Model | None = None,
 ) -> Study:
     """Map one task on one model: baseline, gate, attribute, verify, circuit, trust.
 
@@ -111,6 +113,7 @@ def map(
         progress: told what is running, how much is done and how much there is.
         memory: bytes that a folded pass may take, or "2GB", "50%" of what is free; by default a share of it
             (`models.memory.budget`). It decides how many settings run at once, and is no part of the question.
+        other: the model whose values a closed gate passes, where the plan's fallback is "model": the base model of a fine-tuned one.
 
     Cost: see `study.cost.cost`.
 
@@ -121,7 +124,7 @@ def map(
         PatchclampError: anything else that was asked and cannot be, with what to do.
     """
     task = load_task(task) if isinstance(task, str) else task
-    return carry_out(begin(model, task, plan or Plan(), run or Run.unsaved(), progress, memory), do)
+    return carry_out(begin(model, task, plan or Plan(), run or Run.unsaved(), progress, memory, other), do)
 
 
 def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
@@ -129,6 +132,10 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
     if unknown := set(do) - {*STEPS, *EXTRA}:
         raise PatchclampError(f"there is no step {sorted(unknown)[0]!r}: choose from {', '.join((*STEPS, *EXTRA))}")
     do = {*do, *(step for name, step in FINISHED.items() if name in work.run.seconds)}  # what a run has found stays in it
+    if work.plan.tied and (whole := do & {"relate", "localise"}):
+        raise PatchclampError(
+            f"{sorted(whole)[0]} is of heads and MLPs, and a mixture of parts was asked for ({', '.join(work.plan.tied)}): leave --tied out"
+        )
     if "localise" in do:
         work.found["localisation"] = localise(work)
         do -= {"localise"}
@@ -225,13 +232,13 @@ def _finish(work: Work) -> Study:
         model=model.name.rstrip("/").rpartition("/")[2] or model.name,
         task=task.name,
         n=len(confirm),
-        fallback=work.fallback.kind,
+        fallback=told(work.fallback.kind, work.other),
         baseline=work.baseline,
         parts=len(work.parts.counted) if many is None else many.of,
-        noun="heads and MLPs" if many is None else many.parts,
+        noun=many.parts if many is not None else "parts" if work.plan.tied else "heads and MLPs",
         exact=found.get("exact"),
         second=found.get("second"),
-        second_fallback=found.get("second_fallback", ""),
+        second_fallback=told(found.get("second_fallback", ""), work.other),
         shifted=None if shifted is None else shifted.scores,
         shift_reason="" if shifted is None else shifted.reason,
         agreement=found.get("agreement"),
@@ -246,10 +253,10 @@ def _finish(work: Work) -> Study:
     record = Record(
         headline=headline(summary),
         plan=records.plan_of(work.plan),
-        provenance=provenance(model, task, work.split, work.plan, run),
+        provenance=provenance(model, task, work.split, work.plan, run, work.other),
         baseline=work.baseline,
         scores=records.table(work.parts, found),
-        fallbacks=(work.kind, *([found["second_fallback"]] if "second" in found else [])),
+        fallbacks=(told(work.kind, work.other), *([told(found["second_fallback"], work.other)] if "second" in found else [])),
         agreement=found.get("agreement", {}),
         nulls=tuple(summary.nulls),
         toggles=None if roles is None else roles.toggles,
@@ -280,6 +287,7 @@ def open_run(
     plan: Plan,
     watch: Watch | None = None,
     source: Mapping[str, Any] | None = None,
+    other: Model | None = None,
 ) -> Run:
     """Open (or go on with) the run of this question; by default in runs/ under its digest. Use it as a context manager.
 
@@ -288,9 +296,10 @@ def open_run(
         model, task, plan: the question.
         watch: told of every step.
         source: how model and task were named, kept in plan.json so that the question can be asked again from the folder.
+        other: the model whose values a closed gate passes, where the plan asks for them.
     """
     body = {"plan": plan, "source": dict(source) if source is not None else None}
-    return Run.open(folder, body, digest=identity(model, task, plan), task=task.name, model=model.name, watch=watch)
+    return Run.open(folder, body, digest=identity(model, task, plan, other), task=task.name, model=model.name, watch=watch)
 
 
 def load(folder: str | Path) -> Study:

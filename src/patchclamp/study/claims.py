@@ -78,13 +78,17 @@ def _behaviour(found: Found) -> Claim:
     base = found.baseline
     accuracy = "top-1 accuracy " + f"{base.top1:.0%}" if base.accuracy is None else f"right in {base.accuracy:.0%} of pairs"
     return Claim(
-        "The model shows the behaviour, and it goes away when every head and MLP passes its fallback",
+        f"The model shows the behaviour, and it goes away when {_all_of(found)} passes its fallback",
         found.scope,
         f"{accuracy} (always saying the most frequent answer: {base.majority:.0%}); {base.metric} {shown(base.open)} with every part "
         f"open, {shown(base.closed)} with every part closed",
         "run prompts of the same kind on which the model is wrong, or on which closing every part changes nothing",
         _verdict(_apart(base.open, base.closed)),
     )
+
+
+def _all_of(found: Found) -> str:
+    return "every one of the parts" if found.noun == "parts" else "every head and MLP"
 
 
 def _apart(one: Interval, two: Interval) -> bool:

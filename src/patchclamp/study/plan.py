@@ -31,12 +31,15 @@ class Plan:
         n: prompts in all (fit : select : confirm = 2 : 1 : 1); None: all rows of a file, 256 of a task that draws.
         seed: of the draw, the split, the fits and the intervals.
         metric: by default the task's.
-        fallback: what a closed gate passes; by default resample where there are pairs, else mean.
+        fallback: what a closed gate passes; by default resample where there are pairs, else mean. model: what another model, given
+            beside the plan, has there on the same prompt.
         second: the fallback that effects are repeated under; by default mean (zero where mean is the first).
         direction: noising closes parts on clean prompts; denoising puts clean values into corrupt prompts.
         routing: of a mixture of experts: free, or frozen to that of the model's own run.
         method: the attribution that `attribute` gives beside exact effects.
         parts: what is asked about: nodes (heads and MLPs), edges or neurons (of which a screen finds those worth an exact effect).
+        tied: instead of heads and MLPs, a mixture of parts, as sites and patterns: whole layers (`L9.block`), key/value heads
+            (`L*.kv*`), heads, MLPs, experts (`L*.mlp.e*`), neurons (`L3.mlp.n*`), single positions (`L9.h6@-1`); see `parts.tied`.
         screen: the method that ranks edges or neurons first.
         compared: methods that `localise` puts side by side; by default `study.localise.METHODS`.
         search: of the circuit: threshold (parts in order of their effects), acdc, or greedy.
@@ -68,6 +71,7 @@ class Plan:
     routing: Routing = "free"
     method: str = "integrated"
     parts: Kind = "nodes"
+    tied: tuple[str, ...] = ()
     screen: str = "gradient"
     compared: tuple[str, ...] = ()
     search: Search = "threshold"
@@ -117,10 +121,11 @@ class Plan:
             )
         for name in ("fallback", "second"):
             kind = getattr(self, name)
-            if kind is not None and kind.partition(":")[0] not in FALLBACKS:
-                raise PatchclampError(f"there is no {name} {kind!r}: choose from {', '.join(FALLBACKS)}")
+            if kind is not None and kind.partition(":")[0] not in (*FALLBACKS, "model"):
+                raise PatchclampError(f"there is no {name} {kind!r}: choose from {', '.join((*FALLBACKS, 'model'))}")
         if self.second is not None and self.second == self.fallback:
             raise PatchclampError(f"the second fallback is to be another than the first, and both are {self.second!r}")
+        self._check_parts()
         if self.dynamic is not None and self.dynamic not in SCOPES:
             raise PatchclampError(f"there is no scope {self.dynamic!r} for dynamic gates: choose from {', '.join(SCOPES[1:])}")
         if self.sight is not None and self.dynamic is None:
@@ -134,6 +139,18 @@ class Plan:
             raise PatchclampError(f"pairs of {self.pairs_of} parts were asked for: choose 2 or more")
         if self.random_circuits < 1:
             raise PatchclampError(f"{self.random_circuits} random circuits were asked for: choose at least 1")
+
+    def _check_parts(self) -> None:
+        if any(not pattern.strip() for pattern in self.tied):
+            raise PatchclampError("a mixture of parts was asked for, and one of them has no name: L*.block,L*.kv*,L0.h*")
+        if self.parts != "nodes" and self.tied:
+            raise PatchclampError(
+                f"{self.parts} and a mixture of parts ({', '.join(self.tied)}) were asked for: choose one (neurons in a mixture are L3.mlp.n*)"
+            )
+        if self.parts != "nodes" and "model" in (self.fallback, self.second):
+            raise PatchclampError(
+                f"{self.parts} and another model's values were asked for: these go with heads and MLPs, and with mixtures of parts (--tied)"
+            )
 
     @property
     def gating(self) -> GatingSettings:

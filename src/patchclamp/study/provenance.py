@@ -28,23 +28,28 @@ def model_hash(model: Model) -> str:
     return weights_hash(tensors, model.hf.config.to_dict(), files, load)
 
 
-def identity(model: Model, task: Task, plan: Plan) -> str:
-    """The digest of a run: weights, task, plan, revisions of the methods."""
-    return digest(model_hash(model), task.hash, plan, REVISIONS)
+def identity(model: Model, task: Task, plan: Plan, other: Model | None = None) -> str:
+    """The digest of a run: weights, task, plan, revisions of the methods; and the weights of another model whose values are put in."""
+    weights = "+".join(model_hash(one) for one in (model, other) if one is not None)
+    return digest(weights, task.hash, plan, REVISIONS)
 
 
-def provenance(model: Model, task: Task, split: Split, plan: Plan, run: Run) -> Provenance:
+def _info(model: Model) -> ModelInfo:
+    return ModelInfo(
+        name=model.name,
+        family=model.family.name,
+        layers=model.layers,
+        heads=tuple(size.heads for size in model.anatomy.sizes),
+        parameters=model.parameters,
+        hash=model_hash(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def provenance(model: Model, task: Task, split: Split, plan: Plan, run: Run, other: Model | None = None) -> Provenance:
     """What is needed to get the same numbers again."""
     return Provenance(
-        model=ModelInfo(
-            name=model.name,
-            family=model.family.name,
-            layers=model.layers,
-            heads=tuple(size.heads for size in model.anatomy.sizes),
-            parameters=model.parameters,
-            hash=model_hash(model),
-            dtype=str(model.dtype).removeprefix("torch."),
-        ),
+        model=_info(model),
         task=TaskInfo(
             name=task.name,
             about=task.about,
@@ -61,7 +66,8 @@ def provenance(model: Model, task: Task, split: Split, plan: Plan, run: Run) -> 
         seeds=tuple(plan.seed + k for k in range(plan.gating.seeds)),
         seconds=run.seconds,
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        digest=identity(model, task, plan),
+        digest=identity(model, task, plan, other),
         command=" ".join(map(shlex.quote, [Path(sys.argv[0]).name, *sys.argv[1:]])),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        other=None if other is None else _info(other),
     )  # fmt: skip

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from patchclamp.errors import PatchclampError
 from patchclamp.methods import attribute, effects
-from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
-from patchclamp.parts import Fallback, Nodes, nodes
+from patchclamp.parts import Fallback
 from patchclamp.scores import Scores
 from patchclamp.store import Run
 from patchclamp.store.record import Baseline
 from patchclamp.study import steps
+from patchclamp.study.asked import Whole, check_other, parts_of, rule_of
 from patchclamp.study.plan import Plan
 from patchclamp.tasks import Examples, Task
 from patchclamp.tasks._split import Split
@@ -33,12 +33,13 @@ class Work:
     plan: Plan
     run: Run
     split: Split
-    parts: Nodes
+    parts: Whole
     kind: str
     fallback: Fallback
     metric: str
     baseline: Baseline
     told: Progress
+    other: Model | None = None
     warnings: list[str] = field(default_factory=list[str])
     found: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -63,18 +64,20 @@ class Work:
 
 
 def begin(
-    model: Model, task: Task, plan: Plan, run: Run, progress: Progress | None = None, memory: int | str | None = None
-) -> Work:
+    model: Model, task: Task, plan: Plan, run: Run, progress: Progress | None = None, memory: int | str | None = None,
+    other: Model | None = None,
+) -> Work:  # fmt: skip
     """Prompts, parts, fallback and baseline; raises `BaselineError` where the model does not show the behaviour."""
+    check_other(plan, other)
     told = progress or (lambda what, done, of: None)
     split = task.split(model.tokenizer, plan.n, seed=plan.seed)
-    parts = nodes(model, memory=budget(model.device, memory), routing=plan.routing)
+    parts = parts_of(plan, model, memory)
     kind = plan.fallback or ("resample" if split.fit[0].corrupt is not None else "mean")
-    fallback = parts.fallback(kind, fit=split.fit)
+    fallback, said = rule_of(parts, kind, split.fit, other)
     metric = steps.metric_for(split.confirm, plan.metric)
     baseline = run.step("baseline", steps.baseline, parts, split.confirm, fallback, metric)
     steps.require(baseline, split.confirm, plan.min_accuracy)
-    work = Work(model, task, plan, run, split, parts, kind, fallback, metric, baseline, told)
+    work = Work(model, task, plan, run, split, parts, kind, fallback, metric, baseline, told, other, [*said])
     if fallback.off_distribution:
         work.warnings.append(
             f"The fallback {kind} puts in values that the model never computes itself: effects may be of the shock, not of the part."
@@ -113,4 +116,6 @@ def second_of(work: Work) -> tuple[str, Fallback]:
     if work.plan.second == work.kind:
         raise PatchclampError(f"the second fallback is to be another than the first, and both are {work.kind!r}")
     second = work.plan.second or ("mean" if work.kind.partition(":")[0] != "mean" else "zero")
-    return second, work.parts.fallback(second, fit=work.split.fit)
+    rule, said = rule_of(work.parts, second, work.split.fit, work.other)
+    work.warnings += [one for one in said if one not in work.warnings]
+    return second, rule

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchclamp.errors import PatchclampError
-from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
-from patchclamp.parts import nodes
 from patchclamp.store.manifest import finished, place_of
 from patchclamp.study import FINISHED, located
+from patchclamp.study.asked import check_other, parts_of
 from patchclamp.study.cost import gates, pieces
 from patchclamp.study.cost.job import Job, Line
 from patchclamp.study.cost.many import many, search
@@ -94,12 +93,12 @@ class Cost:
 
 def cost(
     model: Model, task: Task | str, plan: Plan | None = None, do: Collection[str] = STEPS, folder: Path | str | None = None,
-    memory: int | str | None = None,
+    memory: int | str | None = None, other: Model | None = None,
 ) -> Cost:  # fmt: skip
     """What `map` will take with these arguments, less what the run in `folder` has finished. Nothing is written.
 
     Args:
-        model, task, plan, do, memory: as for `map`.
+        model, task, plan, do, memory, other: as for `map`.
         folder: the run's folder; by default in runs/, under its digest.
 
     Cost: a calibration of about a second.
@@ -111,7 +110,8 @@ def cost(
     if uncounted := [said for step, said in NOT_COUNTED.items() if step in do]:
         raise PatchclampError(f"the cost of {uncounted[0]} is not counted before it runs: try few prompts (--n 32) first")
     plan, task = plan or Plan(), load_task(task) if isinstance(task, str) else task
-    digest = identity(model, task, plan)
+    check_other(plan, other)
+    digest = identity(model, task, plan, other)
     place = place_of(folder, digest)
     kept, state = finished(place, digest)
     job = job_of(model, task, plan, memory)
@@ -135,7 +135,7 @@ def pieces_of(
 def job_of(model: Model, task: Task, plan: Plan, memory: int | str | None = None) -> Job:
     """The question with its prompts drawn and its parts made."""
     split = task.split(model.tokenizer, plan.n, seed=plan.seed)
-    return Job(model, plan, split, nodes(model, memory=budget(model.device, memory), routing=plan.routing), plan.gating)
+    return Job(model, plan, split, parts_of(plan, model, memory), plan.gating)
 
 
 def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Line]:
@@ -165,4 +165,6 @@ def lines(job: Job, do: Collection[str], kept: Collection[str] = ()) -> list[Lin
     found += [pieces.trust(job)] if "trust" in do else []
     found += [*pieces.learned(job, job.second, "the second fallback"), *pieces.relate(job)] if "relate" in do else []
     found += [pieces.prompts(job), *([pieces.patterns(job)] if any(line.step == "exact" for line in found) else [])]
+    if "model" in (job.plan.fallback, job.plan.second):
+        found = [line.beside(job.weights) for line in found]
     return [replace(line, kept=True, expected=Amount(), most=Amount()) if line.step in kept else line for line in found]

@@ -7,7 +7,7 @@ from functools import cached_property
 from patchclamp.gating.objective import GatingSettings
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.models.model import Model
-from patchclamp.parts import Nodes
+from patchclamp.study.asked import Whole
 from patchclamp.study.cost.work import Amount, Engine, Shape
 from patchclamp.study.plan import Plan
 from patchclamp.study.steps import metric_for
@@ -64,7 +64,7 @@ class Job:
     model: Model
     plan: Plan
     split: Split
-    parts: Nodes
+    parts: Whole
     settings: GatingSettings
 
     @cached_property

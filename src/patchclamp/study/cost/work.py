@@ -20,7 +20,7 @@ from patchclamp.models.anatomy import Anatomy
 from patchclamp.models.model import Model
 from patchclamp.models.replay import why_plain
 from patchclamp.models.standing import projections, why_every_column, why_whole_vocabulary
-from patchclamp.parts import Nodes
+from patchclamp.study.asked import Whole
 from patchclamp.tasks import Examples
 from patchclamp.tasks._batch import Batch
 
@@ -146,11 +146,11 @@ class Engine:
     """What measuring costs for the parts of one model.
 
     Args:
-        parts: heads and MLPs.
+        parts: heads and MLPs, or a mixture.
         examples: the confirm set, whose prompts are the unit.
     """
 
-    parts: Nodes
+    parts: Whole
     examples: Examples
 
     @property
@@ -181,8 +181,8 @@ class Engine:
     def shape(self, batch: Batch, kind: str, metric: Metric) -> Shape:
         """What a batch costs under a fallback of this kind."""
         rows, tokens = batch.tokens.shape
-        resamples = kind == "resample"
-        since = self.parts.fallback(kind).since(batch) if resamples else 0
+        resamples = kind in ("resample", "model")  # of another model, which is of this one's size
+        since = self.parts.fallback(kind).since(batch) if kind == "resample" else 0
         since = min(since, int(batch.target_position.min()))
         since = 0 if 4 * since < tokens or self.whole else since
         alone = metric.answers_alone(batch) and not why_whole_vocabulary(self.anatomy)
