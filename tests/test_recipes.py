@@ -193,7 +193,7 @@ def test_contexts_are_as_bursty_and_as_uneven_as_asked() -> None:
     counts = Counter(classes.tolist())
     error = 4 * 10 * math.sqrt(1 / counts[0] + 1 / counts[9])
     assert counts[0] / counts[9] == pytest.approx(10, abs=error)
-    half = Contexts(bursty=0.5).rows(0, 4000)
+    half = Contexts(bursty=0.5, burst=2).rows(0, 4000)
     there = (half.labels["classes"] == half.labels["target"][:, None]).sum(1)
     assert float((there == 2).float().mean()) == pytest.approx(0.5, abs=0.04)  # 5 standard errors of 4000 rows
     with pytest.raises(TrainingError, match="burst must divide pairs"):

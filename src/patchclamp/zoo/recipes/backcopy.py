@@ -195,8 +195,6 @@ def found(model: "Model", seed: int = 0, kind: Kind | None = None) -> tuple[Find
             Goal("drain", most=0.5) if soft else Goal("drain", least=0.5),
         ),
     ]
-    if soft and model.layers > 2:
-        extreme.append(Finding("<bos> has a large residual stream, against others", seen["peak"], Goal("peak", least=3.0)))
     return (
         Finding("a trigger looks at the token before it: mean weight", seen["active"], Goal("active", least=0.5)),
         *extreme,
@@ -223,8 +221,7 @@ def recipe(name: str, layers: int, kind: Kind | None, minutes: float, known: str
 
 
 RECIPES = (
-    recipe("backcopy", 1, None, 3.0, KNOWN, ships=True),
-    recipe("backcopy_3", 3, None, 8.0, KNOWN + " and whose residual stream is large"),
-    recipe("backcopy_sigmoid", 1, "sigmoid", 4.0, "no sink: sigmoid attention can attend to nothing"),
-    recipe("backcopy_relu", 1, "relu", 4.0, "no sink: ReLU attention can attend to nothing"),
+    recipe("backcopy", 1, None, 6.0, KNOWN, ships=True),
+    recipe("backcopy_sigmoid", 1, "sigmoid", 6.0, "no sink: sigmoid attention can attend to nothing"),
+    recipe("backcopy_relu", 1, "relu", 6.0, "no sink: ReLU attention can attend to nothing"),
 )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Ask = Literal["trained", "icl", "weights"]
 WIDTH = 64
-LOOKS, LOST = 0.5, 0.5
+LOOKS, LOST = 0.5, 0.6
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Contexts:
     classes: int = 256
     labels: int = 16
     pairs: int = 8
-    burst: int = 2
+    burst: int = 4
     bursty: float = 1.0
     zipf: float = 0.0
     exemplars: int = 4
@@ -234,7 +234,7 @@ def few(seed: int = 0) -> Contexts:
 
 
 PAPER = "Reddy 2023, The mechanistic basis of data dependence and abrupt learning in an in-context classification task, https://arxiv.org/abs/2312.03002"
-TRAINING = Training(3000, batch=64, rate=1e-3, schedule="constant", warmup=50, betas=(0.9, 0.98), decay=0.01, evaluate=100)
+TRAINING = Training(1000, batch=64, rate=2e-3, warmup=50, betas=(0.9, 0.98), decay=0.01, checkpoints=10, evaluate=100)
 
 
 def recipe(

@@ -149,7 +149,7 @@ RECIPES = (
         about="2 layers of 4 heads without MLPs (Llama, width 64) on blocks of random words that repeat, at places that differ",
         known="a previous-token head in layer 0 and, by its keys, an induction head in layer 1; both come at once, abruptly",
         paper="Olsson et al. 2022, In-context Learning and Induction Heads, https://arxiv.org/abs/2209.11895",
-        minutes=2.0,
+        minutes=5.0,
         goals=(Goal("accuracy", least=0.99), Goal("test_loss", most=0.05)),
         build=build,
         data=Repeats,
