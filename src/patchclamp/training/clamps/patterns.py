@@ -13,7 +13,7 @@ from patchclamp.models.model import Model
 from patchclamp.training.clamp import Clamp
 from patchclamp.training.clamps.places import Place, Sites, places, plain, toward
 from patchclamp.training.clamps.schedule import ALWAYS, Schedule
-from patchclamp.training.clamps.targets import RELATIONS, TARGETS, keys, pattern, similar
+from patchclamp.training.clamps.targets import RELATIONS, TARGETS, hits, keys, pattern, similar
 from patchclamp.training.data import Rows
 
 OTHERWISE: tuple[str, ...] = ("first", "free")
@@ -157,11 +157,7 @@ class Forbid(Clamp):
         strength = self.schedule(step)
         if not strength:
             return {}
-        at = keys(self.relation, rows.tokens, rows.real)
-        hit = torch.nn.functional.one_hot(at.clamp_min(0), rows.tokens.shape[1]).bool() & (at >= 0)[..., None]
-        if model.anatomy.causal:  # the first real token sees itself alone, and padding is not looked at
-            first = keys("first", rows.tokens, rows.real) == keys("self", rows.tokens, rows.real)
-            hit &= ~(first | ~rows.real)[..., None]
+        hit = hits(self.relation, rows.tokens, rows.real, model.anatomy.causal)
         return {place.site: Forbidden(place, strength, hit) for place in maps(model, self.sites, "scores")}
 
 

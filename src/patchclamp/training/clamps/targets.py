@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 TARGETS: tuple[str, ...] = ("previous", "induction", "match", "first", "self", "uniform")
 RELATIONS: tuple[str, ...] = ("previous", "induction", "first", "self")
@@ -33,9 +33,10 @@ def keys(name: str, tokens: Int[Tensor, "row position"], real: Bool[Tensor, "row
 def successors(tokens: Int[Tensor, "row position"], real: Bool[Tensor, "row position"]) -> Int[Tensor, "row position"]:
     """By query i, the position after the last earlier occurrence of token i; -1 where there is none."""
     length = tokens.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril(-1)
-    same = (tokens[:, :, None] == tokens[:, None]) & earlier & real[:, None]
-    last = (same * torch.arange(1, length + 1, device=tokens.device)).amax(-1)  # 1 + the occurrence: the position after it
+    behind = torch.arange(1, length + 1, dtype=torch.int32, device=tokens.device)
+    earlier = torch.where(behind[None] < behind[:, None], behind, 0)  # [query, key]: 1 + the key, where it is earlier
+    same = (tokens[:, :, None] == tokens[:, None]) & real[:, None]
+    last = (same * earlier).amax(-1).long()  # 1 + the occurrence: the position after it
     return torch.where(last > 0, last, -1)
 
 
@@ -88,7 +89,31 @@ def pattern(
     if name == "uniform":
         return uniform(real, causal)
     at = keys(name, tokens, real)
-    return one_hot(torch.where(at >= 0, at, keys("first", tokens, real)), tokens.shape[1]).float()
+    return one(torch.where(at >= 0, at, keys("first", tokens, real))).float()
+
+
+def one(at: Int[Tensor, "row position"]) -> Bool[Tensor, "row position key"]:
+    """True at the key that each query names; nowhere for -1."""
+    return at[..., None] == torch.arange(at.shape[1], device=at.device)
+
+
+def hits(
+    name: str, tokens: Int[Tensor, "row position"], real: Bool[Tensor, "row position"], causal: bool
+) -> Bool[Tensor, "#row query key"]:
+    """The key that a relation names, for queries that see another one besides; padding names none."""
+    if name != "induction" and bool(real.all()):
+        return _unpadded_hits(name, tokens.shape[1], causal, tokens.device)
+    found = one(keys(name, tokens, real)) & real[..., None]
+    if causal:  # the first real token sees itself alone
+        found = found & (keys("first", tokens, real) != keys("self", tokens, real))[..., None]
+    return found
+
+
+@lru_cache(maxsize=64)
+def _unpadded_hits(name: str, length: int, causal: bool, device: torch.device) -> Bool[Tensor, "1 query key"]:
+    real = torch.ones(1, length, dtype=torch.bool, device=device)
+    found = one(keys(name, real.long(), real))
+    return found & (torch.arange(length, device=device) > 0)[:, None] if causal else found
 
 
 @lru_cache(maxsize=64)
@@ -97,4 +122,4 @@ def _unpadded(name: str, length: int, causal: bool, device: torch.device) -> Flo
     real = torch.ones(1, length, dtype=torch.bool, device=device)
     if name == "uniform":
         return uniform(real, causal)
-    return one_hot(keys(name, real.long(), real), length).float()
+    return one(keys(name, real.long(), real)).float()
