@@ -222,6 +222,6 @@ def recipe(name: str, layers: int, kind: Kind | None, minutes: float, known: str
 
 RECIPES = (
     recipe("backcopy", 1, None, 6.0, KNOWN, ships=True),
-    recipe("backcopy_sigmoid", 1, "sigmoid", 6.0, "no sink: sigmoid attention can attend to nothing"),
+    recipe("backcopy_sigmoid", 1, "sigmoid", 5.0, "no sink: sigmoid attention can attend to nothing"),
     recipe("backcopy_relu", 1, "relu", 6.0, "no sink: ReLU attention can attend to nothing"),
 )
