@@ -36,6 +36,8 @@ PHASES = {"curve": pl.String, "verdict": pl.String, "step": pl.Float64, "low": p
           "width": pl.Float64, "before": pl.Float64, "after": pl.Float64}  # fmt: skip
 WHOLE = "model"
 """What measures call the whole model."""
+SCHEDULED = ("rate", "tokens", "scale")
+"""Numbers of an update that were chosen, not found."""
 FEWEST = 8
 """Points of a curve that is asked for a turn."""
 POINTS = 300
@@ -221,7 +223,8 @@ def _development(
 
 
 def _thinned(metrics: pl.DataFrame) -> pl.DataFrame:
-    """Of numbers that every update wrote down, at most `POINTS` of each, evenly spaced in log(1 + step)."""
+    """Of numbers that every update wrote down, at most `POINTS` of each, evenly spaced in log(1 + step); not the schedule's."""
+    metrics = metrics.filter(~pl.col("name").is_in(SCHEDULED))
     steps = metrics["step"].unique().sort().to_numpy()
     if len(steps) <= POINTS:
         return metrics
