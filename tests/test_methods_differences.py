@@ -143,5 +143,5 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(GateError, match="use resample"):
         attribute(parts, some, parts.fallback("zero"), "deeplift")
     apart = edges(model, destinations=["logits"])
-    with pytest.raises(GateError, match="these are edges"):
-        attribute(apart, some, apart.fallback("resample"), "deeplift")
+    with pytest.raises(GateError, match="use resample"):
+        attribute(apart, some, apart.fallback("zero"), "deeplift")

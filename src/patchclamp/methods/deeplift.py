@@ -7,7 +7,11 @@ keys, attention weights with values, gated MLPs, what a norm multiplies); the re
 the network holds (the stream before a block; a block's stream and what is written behind it) adds up to benefit(clean) -
 benefit(corrupt) exactly, without any steps: summation to delta. It is checked on the stream that enters the first block, at every call.
 
-The metric must be linear in the logits: logit_diff of single tokens. The fallback is resample. Not mixtures of experts, not edges.
+Of an edge s>d, value is what s writes and M what takes a difference in what d reads to one in the benefit: through d alone, then
+onward from what d makes of it. So the edges into a destination add up to the score of what it reads (all into the logits: to delta),
+and before any post-norm the edges from a source to that of the source.
+
+The metric must be linear in the logits: logit_diff of single tokens. The fallback is resample. Not mixtures of experts.
 
 Cost: one forward and one backward pass over the clean and the corrupt prompts, two forward passes for the embeddings, and the fallback's.
 """
@@ -22,9 +26,9 @@ from patchclamp.methods._notes import note
 from patchclamp.methods._slopes import counted_rows, input_path, joined
 from patchclamp.metrics import Metric
 from patchclamp.models.differences import differences
-from patchclamp.parts import Fallback, Parts
+from patchclamp.parts import Edges, Fallback, Parts
 from patchclamp.parts.slopes import frozen
-from patchclamp.sites import Edge, Site
+from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
 CLOSE = 1e-3
@@ -41,13 +45,17 @@ def samples(parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, seed
 
     Raises:
         MetricError: a metric that is not linear in the logits.
-        GateError: another fallback than resample, or edges.
+        GateError: another fallback than resample.
         FamilyError: a mixture of experts, or a step of the model that no rule is known for.
         NumericsError: what flows back does not add up to the difference of the metric.
     """
-    _check(parts, batch, fallback, metric)
+    _check(batch, fallback, metric)
     batch, model = batch.to(parts.model.device), parts.model
     whole = input_path(parts, batch).whole
+    if isinstance(parts, Edges):
+        values, slopes, rises = parts.multipliers(batch, whole, fallback, metric)
+        _check_sum(values, rises, batch)
+        return counted_rows(parts, metric, slopes)
     reference = torch.cat([torch.zeros_like(whole), -whole])
     wide = torch.promote_types(model.dtype, torch.float32)
     leaf = parts.open(2).to(wide).expand(-1, len(batch), -1, -1).clone().requires_grad_()
@@ -61,9 +69,7 @@ def samples(parts: Parts, batch: Batch, fallback: Fallback, metric: Metric, seed
     return counted_rows(parts, metric, slope[0, :, 0])
 
 
-def _check(parts: Parts, batch: Batch, fallback: Fallback, metric: Metric) -> None:
-    if any(isinstance(label, Edge) for label in parts.labels):
-        raise GateError("deeplift is defined for parts at sites (nodes, neurons), and these are edges: use segments, or gim")
+def _check(batch: Batch, fallback: Fallback, metric: Metric) -> None:
     if fallback.kind != "resample":
         raise GateError(f"deeplift compares with the corrupt run, and the fallback {fallback.kind} is not that: use resample")
     single = batch.wrong is not None and batch.answers.shape[1] == 1 and batch.wrong.shape[1] == 1

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from patchclamp.metrics import Metric, metric_named
 from patchclamp.parts.edge_checks import require_alone, require_fit, require_plain, require_positions
-from patchclamp.parts.edge_slopes import Asked, open_slopes
+from patchclamp.parts.edge_differences import difference_slopes
+from patchclamp.parts.edge_slopes import open_slopes
+from patchclamp.parts.edge_watch import Asked
 from patchclamp.parts.fallbacks import Fallback, Values
 from patchclamp.parts.slopes import frozen
 from patchclamp.tasks._batch import Batch
@@ -72,6 +74,17 @@ def slopes(
     require_positions(parts.labels, batch)
     with frozen(parts.model):
         return open_slopes(_asked(parts), batch, first, second, metric, spread=False)
+
+
+def multipliers(
+    parts: "Edges", batch: Batch, apart: Float[Tensor, "row position width"], fallback: Fallback, metric: Metric
+) -> tuple[Float[Tensor, "run example"], Float[Tensor, "example part"], Float[Tensor, " row"]]:
+    """See `Edges.multipliers`."""
+    batch = batch.to(parts.model.device)
+    require_alone()
+    require_positions(parts.labels, batch)
+    with frozen(parts.model):
+        return difference_slopes(_asked(parts), batch, apart, fallback.at(batch), metric)
 
 
 def _asked(parts: "Edges") -> Asked:

@@ -52,6 +52,21 @@ class NormSlope:
             unit = (stream - stream.mean(-1, keepdim=True) if scale.centred else stream) / divisor
         return cls(gain, unit, divisor, scale.centred)
 
+    @classmethod
+    def between(
+        cls, norm: nn.Module, stream: Float[Tensor, "row position width"], other: Float[Tensor, "row position width"]
+    ) -> "NormSlope":
+        """The multiplier of the norm's difference between two streams, in place of its slope at one (`models.differences`).
+
+        With a and b what the two are multiplied with (1 / s each) and x, x' the two (less their means in a LayerNorm): the
+        product gives (a + b) / 2, the reciprocal root of the mean square -(a b)^2 / (a + b) * (x + x'). That is the form
+        above with unit = (x + x') a b / (a + b) and s = 2 / (a + b), and the slope itself where x = x'.
+        """
+        one, two = cls.at(norm, stream), cls.at(norm, other)
+        total = one.divisor + two.divisor  # a b / (a + b) = 1 / (s + s')
+        unit = (one.unit * one.divisor + two.unit * two.divisor) / total
+        return cls(one.gain, unit, 2 * one.divisor * two.divisor / total, one.centred)
+
     def matrix(self, weight: Float[Tensor, "head inner width"]) -> Float[Tensor, "head inner width"]:
         """A linear map behind the norm, so that its slopes are u."""
         weight = weight.to(self.gain.dtype) * self.gain

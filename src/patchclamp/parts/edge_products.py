@@ -33,6 +33,8 @@ class OwnRun:
         calls: what blocks were called with, where they are read once more.
         slopes: by place (q, k, v, mlp, the stream behind the last block), d metric / d its value.
         entered: by id of a module, d metric / d its output (linear maps) or its input (where an MLP begins).
+        other: what stands at places in the run that this one is compared with, where multipliers of differences stand in the
+            place of slopes (`edge_differences`).
     """
 
     values: Float[Tensor, " example"]
@@ -40,6 +42,15 @@ class OwnRun:
     calls: dict[int, Call]
     slopes: Values
     entered: dict[int, Tensor]
+    other: Values | None = None
+
+    def both(self, place: Site) -> Tensor:
+        """What stands at a place, and behind it what stands there in the other run, where there is one."""
+        return self.kept[place] if self.other is None else torch.cat([self.kept[place], self.other[place]])
+
+    def beside(self, slope: Tensor) -> Tensor:
+        """A slope at what is computed of `both`: nothing flows back into the other run."""
+        return slope if self.other is None else torch.cat([slope, torch.zeros_like(slope)])
 
     def value(self, sources: Sources, place: Site, first: Values | None = None, cut: Cut | None = None) -> Tensor:
         """What sources of a place write in the run, or instead of that in `first`; at some rows and positions."""
@@ -123,7 +134,8 @@ def _slopes(maps: Maps, readers: Readers, numbers: Sequence[int], run: OwnRun, c
 
     def behind(norm: torch.nn.Module | None) -> NormSlope | None:
         if norm is not None and id(norm) not in norms:
-            norms[id(norm)] = NormSlope.at(norm, stream[cut])
+            other = None if run.other is None else run.other[readers.place][cut]
+            norms[id(norm)] = NormSlope.at(norm, stream[cut]) if other is None else NormSlope.between(norm, stream[cut], other)
         return None if norm is None else norms[id(norm)]
 
     by_kind: dict[str, list[int]] = {}

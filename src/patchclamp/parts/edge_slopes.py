@@ -7,9 +7,7 @@ time. Where the closed form does not hold, the layer is read once more under aut
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -18,9 +16,9 @@ from torch import Tensor
 from patchclamp.edits import Add
 from patchclamp.metrics import Metric
 from patchclamp.models.checkpointing import Room, checkpointed
+from patchclamp.models.differences import differences
 from patchclamp.models.model import Model
 from patchclamp.models.scope import still
-from patchclamp.models.session import CALL, Call, Session
 from patchclamp.models.standing import Start
 from patchclamp.parts.edge_blocks import SLOTS, attention_reads, attention_writes, detached, mlp_reads
 from patchclamp.parts.edge_gates import KEYS, Readers
@@ -28,6 +26,7 @@ from patchclamp.parts.edge_maps import Maps, maps_of
 from patchclamp.parts.edge_norms import Slopes
 from patchclamp.parts.edge_products import OwnRun, add_known, is_known
 from patchclamp.parts.edge_sources import Sources
+from patchclamp.parts.edge_watch import Asked, Watch
 from patchclamp.parts.fallbacks import Values
 from patchclamp.parts.pieces import only
 from patchclamp.sites import Site
@@ -35,25 +34,6 @@ from patchclamp.tasks._batch import Batch
 
 PASS = 256 << 20
 """Bytes that activations kept for a backward pass may take on a CPU: more prompts at once are no faster."""
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """Which edges' slopes.
-
-    Args:
-        sources: what they lead from.
-        readers: what they lead to.
-        count: how many there are.
-        memory: bytes that activations may take.
-        added: what is added to the embeddings.
-    """
-
-    sources: Sources
-    readers: Sequence[Readers]
-    count: int
-    memory: int
-    added: Float[Tensor, "row position width"] | None = None
 
 
 def open_slopes(
@@ -65,7 +45,7 @@ def open_slopes(
     """
     model, values, slopes = asked.sources.model, list[Tensor](), list[Tensor]()
     maps = maps_of(model)
-    for examples in torch.arange(len(batch)).split(_at_once(model, batch, asked.memory)):
+    for examples in torch.arange(len(batch)).split(at_once(model, batch, asked.memory)):
         rows = torch.isin(batch.example.cpu(), examples).nonzero().flatten().to(batch.tokens.device)
         some = batch if len(examples) == len(batch) else only(batch, examples.tolist(), rows)
         ours = rows if some is not batch else slice(None)
@@ -83,7 +63,7 @@ def _rows(value: Tensor, rows: Tensor | slice) -> Tensor:
     return value[rows] if value.dim() > 1 and len(value) > 1 else value
 
 
-def _at_once(model: Model, batch: Batch, memory: int) -> int:
+def at_once(model: Model, batch: Batch, memory: int) -> int:
     """How many prompts a pass takes, by what its activations need; one alone may have to be computed again in part."""
     anatomy, width, (rows, length) = model.anatomy, model.width, batch.tokens.shape
     per_token = sum(
@@ -95,83 +75,27 @@ def _at_once(model: Model, batch: Batch, memory: int) -> int:
     return -(-len(batch) // -(-len(batch) // once))  # as many in every pass
 
 
-@dataclass(frozen=True, eq=False)
-class _Wanted:
-    """What a run has to keep: places with and without slopes, blocks' calls, modules' outputs and inputs."""
-
-    places: set[Site] = field(default_factory=set[Site])
-    slopes: set[Site] = field(default_factory=set[Site])
-    calls: set[int] = field(default_factory=set[int])
-    outputs: dict[int, torch.nn.Module] = field(default_factory=dict[int, torch.nn.Module])
-    inputs: dict[int, torch.nn.Module] = field(default_factory=dict[int, torch.nn.Module])
-
-
-def _wanted(sources: Sources, readers: Sequence[Readers], maps: Maps) -> _Wanted:
-    found = _Wanted({*sources.sites, *(one.place for one in readers)})
-    for one in readers:
-        layer = one.place.layer or 0
-        attention, mlp = maps.attention[layer], maps.mlp[layer]
-        for site in one.destinations:
-            if site.kind == "logits":
-                found.slopes.add(one.place)
-            elif site.position is not None:
-                found.slopes.add(Site("z", layer))
-                found.places.update(Site(slot, layer) for slot in SLOTS)
-                found.calls.add(layer)
-            elif site.kind in SLOTS and attention is not None:
-                module = attention.slots[site.kind].module
-                found.outputs[id(module)] = module
-            elif site.kind == "mlp" and mlp is not None:
-                found.inputs[id(mlp.entry)] = mlp.entry
-            else:
-                found.slopes.add(Site(site.kind, layer))
-                found.calls.add(layer)
-    return found
-
-
 def own_run(
     asked: Asked, maps: Maps, batch: Batch, metric: Metric, added: Float[Tensor, "row position width"] | None = None
 ) -> OwnRun:
     """One forward and one backward pass: keeps what is needed for slopes in the gates of edges."""
-    model, want = asked.sources.model, _wanted(asked.sources, asked.readers, maps)
-    kept, calls, nodes = dict[Site, Tensor](), dict[int, Call](), dict[int, Tensor]()
-
-    def keep(place: Site, value: Tensor) -> Tensor:
-        if place.kind == "resid.pre" and place.layer in want.calls:
-            calls.setdefault(place.layer or 0, CALL.get())
-        kept.setdefault(place, value)  # a block that is computed again is the same once more
-        return value
-
-    def enter(name: int, value: Tensor) -> Tensor:
-        alias = value.view_as(value)
-        nodes.setdefault(name, alias)
-        return alias
-
-    def leave(name: int, value: Tensor) -> Tensor:
-        nodes.setdefault(name, value)
-        return value
-
-    places = want.places | want.slopes | {Site("resid.pre", layer) for layer in want.calls}
+    model, watch = asked.sources.model, Watch(asked, maps)
     with torch.no_grad():
         plain = model.target_logits(batch)[0] if metric.reference else None
     root = torch.zeros(model.width, device=model.device, dtype=model.dtype) if added is None else added.to(model.dtype)
     root = root.detach().clone().requires_grad_()  # weights require no gradient
-    watching = Session(model.anatomy, {place: partial(keep, place) for place in places})
     start = checkpointed(Start(), Room(asked.memory))
     with ExitStack() as stack:
         for one in (torch.enable_grad(), still(model.hf), model.editing({Site("embed"): Add(root)}, batch)):
             stack.enter_context(one)
         stack.enter_context(start.standing(model.anatomy))
-        stack.enter_context(watching.open())
-        for name, module in want.outputs.items():
-            watching.after(module, partial(leave, name))
-        for name, module in want.inputs.items():
-            watching.before(module, partial(enter, name))
+        stack.enter_context(watch.open())
         values = metric(model.target_logits(batch), batch, plain)[0]
-        order, named = sorted(want.slopes), list(nodes)
-        slopes = torch.autograd.grad(values.sum(), [*(kept[place] for place in order), *(nodes[name] for name in named)])
+        order, named = watch.order, list(watch.nodes)
+        slopes = torch.autograd.grad(values.sum(), watch.asked)
     return OwnRun(
-        values.detach(), {place: value.detach() for place, value in kept.items()}, {n: detached(c) for n, c in calls.items()},
+        values.detach(), {place: value.detach() for place, value in watch.kept.items()},
+        {n: detached(c) for n, c in watch.calls.items()},
         dict(zip(order, slopes[: len(order)], strict=True)), dict(zip(named, slopes[len(order) :], strict=True)),
     )  # fmt: skip
 
@@ -237,31 +161,43 @@ def _fill(out: Tensor, readers: Readers, numbers: Sequence[int], sources: Sequen
 
 def _by_autograd(sources: Sources, maps: Maps, readers: Readers, run: OwnRun, batch: Batch) -> Iterator[tuple[list[int], Slopes]]:
     """Where the closed form does not hold, for some destinations after others: their numbers, and d metric / d what each reads."""
-    anatomy, stream = sources.model.anatomy, run.kept[readers.place]
+    anatomy, rows = sources.model.anatomy, len(run.kept[readers.place])
     layer = readers.place.layer or 0
     by_kind: dict[tuple[str, int | str | None], list[int]] = {}
     for number, destination in enumerate(readers.destinations):
         if not is_known(maps, destination):
             by_kind.setdefault((destination.kind, destination.position), []).append(number)
-    leaf = stream[None].clone().requires_grad_()
-    most = max(1, sources.memory // (16 * stream.numel()))
+    leaf = run.both(readers.place)[None].clone().requires_grad_()
+    most = max(1, sources.memory // (16 * leaf.numel()))
     if mlps := by_kind.pop(("mlp", None), None):
-        with torch.enable_grad():
+        with torch.enable_grad(), _alike(sources.model, run):
             made = mlp_reads(anatomy, layer, run.calls[layer], 1, leaf)[0]
-        (slope,) = torch.autograd.grad(made, leaf, run.slopes[Site("mlp", layer)])
-        yield mlps, slope
+        (slope,) = torch.autograd.grad(made, leaf, run.beside(run.slopes[Site("mlp", layer)]))
+        yield mlps, slope[:, :rows]
     if not by_kind:
         return
     asked = _asked(sources.model, layer, run, {position for _, position in by_kind if position is not None}, batch)
-    with torch.enable_grad():
+    with torch.enable_grad(), _alike(sources.model, run):
         found = attention_reads(anatomy, layer, run.calls[layer], 1, leaf)
     for (slot, position), numbers in by_kind.items():
         given = run.slopes[Site(slot, layer)] if position is None else asked[position][slot]
         for start in range(0, len(numbers), most):
             some = numbers[start : start + most]
-            apart = torch.stack([_alone(given, readers.destinations[number].index or 0) for number in some])
-            (slope,) = torch.autograd.grad(found[slot][0], leaf, apart, retain_graph=True, is_grads_batched=True)
-            yield some, slope[:, 0]
+            apart = [run.beside(_alone(given, readers.destinations[number].index or 0)) for number in some]
+            yield some, _backwards(found[slot][0], leaf, apart, together=run.other is None)[:, :rows]
+
+
+def _backwards(made: Tensor, leaf: Tensor, given: Sequence[Tensor], together: bool) -> Slopes:
+    """The slope at `leaf[0]` for each slope at what was made of it."""
+    if together:
+        return torch.autograd.grad(made, leaf, torch.stack(list(given)), retain_graph=True, is_grads_batched=True)[0][:, 0]
+    # multipliers of differences are steps of their own, which know one slope at a time
+    return torch.stack([torch.autograd.grad(made, leaf, one, retain_graph=True)[0][0] for one in given])
+
+
+def _alike(model: Model, run: OwnRun) -> AbstractContextManager[None]:
+    """What is computed again passes back what the run itself passes back."""
+    return nullcontext() if run.other is None else differences(model.anatomy)
 
 
 def _asked(
@@ -271,15 +207,15 @@ def _asked(
     order = list(positions)
     if not order:
         return {}
-    given = {slot: run.kept[Site(slot, layer)][None].detach().clone() for slot in SLOTS}
-    leaves = [given[slot].requires_grad_() for slot in KEYS]
-    with torch.enable_grad():
+    given = {slot: run.both(Site(slot, layer))[None].detach().clone().requires_grad_() for slot in SLOTS}
+    rows = len(run.kept[Site("q", layer)])
+    with torch.enable_grad(), _alike(model, run):
         z = attention_writes(model.anatomy, layer, run.calls[layer], 1, given)[0]
     found: dict[int | str, dict[str, Tensor]] = {}
     for position in order:
         part = run.slopes[Site("z", layer)] * batch.columns(position)[..., None, None]
-        slopes = torch.autograd.grad(z, leaves, part, retain_graph=True)
-        found[position] = {slot: slope[0] for slot, slope in zip(KEYS, slopes, strict=True)}
+        slopes = torch.autograd.grad(z, [given[slot] for slot in KEYS], run.beside(part), retain_graph=True)
+        found[position] = {slot: slope[0, :rows] for slot, slope in zip(KEYS, slopes, strict=True)}
     return found
 
 

@@ -25,7 +25,7 @@ from patchclamp.models.standing import Start
 from patchclamp.parts.edge_checks import require_ends, require_fit
 from patchclamp.parts.edge_ends import at_positions, comes_before, destinations_of, sources_of
 from patchclamp.parts.edge_gates import Known, Readers, closed, readers_of
-from patchclamp.parts.edge_gradient import gradient, slopes
+from patchclamp.parts.edge_gradient import gradient, multipliers, slopes
 from patchclamp.parts.edge_reading import Desk, reading
 from patchclamp.parts.edge_replay import Replay, replay
 from patchclamp.parts.edge_sources import Sources, place_of
@@ -239,3 +239,24 @@ class Edges(Labelled[Edge]):
         Cost: that of `gradient` with every gate open, less the fallback's.
         """
         return slopes(self, batch, first, second, metric)
+
+    def multipliers(
+        self, batch: Batch, apart: Float[Tensor, "row position width"], fallback: Fallback, metric: Metric
+    ) -> tuple[Float[Tensor, "run example"], Float[Tensor, "example part"], Float[Tensor, " row"]]:
+        """For each edge s>d, sum of <value_s - fallback_s, M_d>: M_d takes a difference in what d reads to one in the metric.
+
+        `slopes`, with multipliers of the difference to another run of the model (`models.differences`) in place of derivatives:
+        a norm's is a closed form, too (`NormSlope.between`), so all edges cost the same matrix product per layer.
+
+        Args:
+            batch: the prompts.
+            apart: what the embeddings of the other run have less.
+            fallback: what sources write where edges are closed.
+            metric: linear in the logits.
+
+        Returns:
+            The metric in this run and in the other; each edge's score; and what the embeddings' difference makes, by row.
+
+        Cost: one forward and one backward pass over twice the rows, and the fallback's.
+        """
+        return multipliers(self, batch, apart, fallback, metric)
