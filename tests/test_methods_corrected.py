@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cases import tiny
 from patchclamp.edits import Put
-from patchclamp.errors import GateError, PatchclampError
+from patchclamp.errors import PatchclampError
 from patchclamp.methods import corrected, gradient, largest_missed
 from patchclamp.methods._attention import key_changes, query_changes
 from patchclamp.metrics import METRICS, Metric
 from patchclamp.models.model import Model
-from patchclamp.parts import Nodes, edges, gated, nodes
+from patchclamp.parts import Nodes, gated, nodes
 from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 from test_parts import examples
@@ -137,12 +137,6 @@ def test_dropped_layers_are_hooks_of_the_tests_own():
     torch.testing.assert_close(found.abs(), each.abs().sum(0) / 2, rtol=1e-9, atol=1e-12)
     plain = gradient.samples(parts, batch, parts.fallback("resample"), DIFF, 0)
     assert bool((found.sign() == plain.sign()).all()) and not torch.allclose(found.abs().float(), plain.abs(), rtol=0.1)
-
-
-def test_edges_are_refused():
-    apart = edges(Model.load(tiny("gpt2")))
-    with pytest.raises(GateError, match="these are edges"):
-        corrected.samples(apart, examples(2).batch(), apart.fallback("resample"), DIFF, 0)
 
 
 # --- what may have been missed

@@ -7,19 +7,25 @@ QK fix, for parts that are queries or keys. A saturated softmax hides what they 
 
 (one key by itself in closed form, `key_changes`). Softmax is the model's own, with whatever it does to scores.
 
+For edges into queries or keys, likewise, q' and K' being those of a stream in which the edge's source writes its fallback:
+
+    score(s>q) = sum over queries i of <A_i - softmax(q_i(stream - value_s + value'_s) K), d benefit / d A_i>.
+
 GradDrop, in models of more than 4 layers (`drop` says otherwise; a model of one layer has nothing to drop). Effects that cancel,
 direct against indirect, hide a part, so layers are left out of the backward pass one after the other:
 
     size(part) = 1 / (L - 1) sum over layers l of |score_l(part)|,   score_l with nothing flowing back through l's attention and MLP
 
-(of each example; the part's own layer gives 0). The paper's score is this size. Here it has the sign of the plain estimate (+ where
-that is 0). On models of few layers GradDrop was found to harm: docs/attribution.md.
+(of each example; the part's own layer gives 0: of an edge the layer that reads, of one into the logits the last). The paper's score is
+this size. Here it has the sign of the plain estimate (+ where that is 0). On models of few layers GradDrop was found to harm:
+docs/attribution.md.
 
 Parts of other kinds are scored as the gradient scores them. Cost: one forward and one backward pass; three forward passes for the QK
-fix, and one more for each span of several keys; and one forward and one backward pass per layer for GradDrop.
+fix, and one more for each span of several keys (of edges: two forward and one backward pass, and a layer's attention weights once
+more for each source of its queries and of its keys); and one forward and one backward pass per layer for GradDrop (of edges two).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +34,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.edits import Put
-from patchclamp.errors import GateError
 from patchclamp.methods._attention import Rows, key_changes, query_changes
-from patchclamp.methods._slopes import PLAIN, Keep, counted_rows, first_order, slopes_at
+from patchclamp.methods._slopes import PLAIN, Keep, counted_rows, first_order, slopes, slopes_at
 from patchclamp.metrics import Metric
 from patchclamp.models.backward import Rules
-from patchclamp.parts import Fallback, Parts
-from patchclamp.sites import Edge, Site
+from patchclamp.parts import Edges, Fallback, Parts, edges
+from patchclamp.parts.edge_patterns import through_softmax
+from patchclamp.sites import Site
 from patchclamp.tasks._batch import Batch
 
 SHALLOW = 4
@@ -54,23 +60,42 @@ def samples(
 
     Raises:
         MetricError: a metric that has no slope at the open run.
-        GateError: parts that are edges.
     """
     first_order(metric, "corrected")
-    if any(isinstance(label, Edge) for label in parts.labels):
-        raise GateError(
-            "corrected is defined for parts at sites (nodes, queries, keys, neurons), and these are edges: use segments"
-        )
     batch, layers = batch.to(parts.model.device), parts.model.layers
-    seen = attention_seen(parts, batch, fallback)
-    plain = _estimate(parts, batch, fallback, metric, seen, PLAIN)
-    if not (layers > SHALLOW if drop is None else drop) or layers == 1:
+    drops = (layers > SHALLOW if drop is None else drop) and layers > 1
+    rules = [PLAIN, *(Rules(dropped=layer) for layer in range(layers) if drops)]
+    if isinstance(parts, Edges):
+        plain, *dropped = _edges(parts, batch, fallback, metric, rules)
+    else:
+        seen = attention_seen(parts, batch, fallback)
+        plain, *dropped = (_estimate(parts, batch, fallback, metric, seen, one) for one in rules)
+    if not dropped:
         return counted_rows(parts, metric, plain)
-    size = torch.zeros_like(plain)
-    for layer in range(layers):
-        size += _estimate(parts, batch, fallback, metric, seen, Rules(dropped=layer)).abs()
     sign = torch.where(plain < 0, -1.0, 1.0).to(plain)
-    return counted_rows(parts, metric, sign * size / (layers - 1))
+    return counted_rows(parts, metric, sign * torch.stack(dropped).abs().sum(0) / (layers - 1))
+
+
+def _edges(
+    parts: Edges, batch: Batch, fallback: Fallback, metric: Metric, rules: Sequence[Rules]
+) -> list[Float[Tensor, "example gate"]]:
+    """By rule, slopes in gates of edges, those into queries and keys through softmax itself."""
+    layers = sorted({edge.target.layer or 0 for edge in parts.labels if edge.target.kind in ("q", "k")})
+    sites = [Site("pattern", layer) for layer in layers]
+    bare = edges(parts.model, ["embed"], ["logits"])  # whose gates leave attention as it is
+    found: list[Tensor] = []
+    by_layer: list[dict[int, Rows]] = []
+    for one in rules:
+        if one is PLAIN:
+            found.append(parts.gradient(batch, parts.open(), fallback, metric)[1][0])
+        else:
+            found.append(slopes(parts, batch, fallback, metric, one)[1].clone())
+        at = slopes_at(bare, batch, bare.fallback("zero"), metric, one, sites=sites)[2] if sites else {}
+        by_layer.append({layer: at[Site("pattern", layer)] for layer in layers})
+    for edge, through in through_softmax(parts, batch, fallback.at(batch), by_layer).items() if layers else ():
+        for slope, mine in zip(found, through, strict=True):
+            slope[:, edge] = mine.to(slope)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,6 +66,18 @@ def attention_writes(
     anatomy: Anatomy, layer: int, call: Call, copies: int, given: Mapping[str, Float[Tensor, "read row position head head_width"]]
 ) -> Float[Tensor, "read row position head head_width"]:
     """z of a layer whose queries, keys and values (after norms and rotary embedding) are given."""
+    return _attention(anatomy, layer, call, copies, given, Site("z", layer))
+
+
+def attention_patterns(
+    anatomy: Anatomy, layer: int, call: Call, copies: int, given: Mapping[str, Float[Tensor, "read row position head head_width"]]
+) -> Float[Tensor, "read row head query key"]:
+    """Attention weights of a layer whose queries, keys and values are given; `call` must be that of a run with eager attention."""
+    return _attention(anatomy, layer, call, copies, given, Site("pattern", layer))
+
+
+def _attention(anatomy: Anatomy, layer: int, call: Call, copies: int, given: Mapping[str, Tensor], wanted: Site) -> Tensor:
+    """What stands at a place of a layer whose queries, keys and values are given."""
     found: list[Tensor] = []
     like = given["q"]
 
@@ -76,7 +88,7 @@ def attention_writes(
         found.append(value)
         raise _Read
 
-    session = Session(anatomy, {**{Site(slot, layer): partial(put, slot) for slot in SLOTS}, Site("z", layer): keep})
+    session = Session(anatomy, {**{Site(slot, layer): partial(put, slot) for slot in SLOTS}, wanted: keep})
     with unobserved(), session.open():
         _again(anatomy, layer, call, copies, like.new_zeros(*like.shape[:3], int(anatomy.config.hidden_size)))
     return found[0].unflatten(0, like.shape[:2])
