@@ -1,5 +1,8 @@
 """Dynamic gates on a hand-wired model with a head for each kind of prompt: the condition is found, and judged."""
 
+import random
+import re
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -7,11 +10,13 @@ import polars as pl
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from patchclamp.errors import GateError
 from patchclamp.gating.dynamic import (
     Dynamic,
     DynamicSettings,
     Judged,
     best_strength,
+    dynamic_roles,
     fit_dynamic,
     inputs_of,
     judge_dynamic,
@@ -21,7 +26,9 @@ from patchclamp.gating.dynamic import (
 from patchclamp.gating.dynamic.judge import lower_hull
 from patchclamp.models.model import Model
 from patchclamp.parts import nodes
+from patchclamp.tasks import Pair, Task
 from patchclamp.zoo import wired
+from patchclamp.zoo._designs import CONCEPTS, A
 
 
 @cache
@@ -151,3 +158,53 @@ def test_a_learned_price_meets_the_wanted_number_of_open_gates() -> None:
     opened = found.controller(1).soft().driven(parts.model, split.select.batch()).sum(-1).mean()
     assert float(opened) == pytest.approx(2.0, abs=0.3)
     assert found.strength.tolist() == [2.0, 2.0]
+
+
+def two_words(rng: random.Random, tokenizer: object) -> Iterator[Pair]:
+    """The wired prompts of `phases` with both words as the answer, and no wrong one."""
+    one = wired("phases")
+    for example in one.tasks["prompt"].examples(one.tokenizer, 200, seed=rng.randrange(1000)):
+        clean, corrupt = example.pair.clean, str(example.pair.corrupt)
+        word = re.findall(r"note-(\w+)", clean)[0]
+        other = rng.choice([name for name in CONCEPTS if name not in (word, *example.pair.answer)])
+        yield Pair(clean, (f"{example.pair.answer[0]} {word}",), corrupt.replace(f"note-{word}", f"note-{other}"))
+
+
+@cache
+def phased():
+    one = wired("phases")
+    model = Model.load(one.hf.float(), tokenizer=one.tokenizer)
+    task = Task("two-words", "two cues, two words", two_words, metric="log_probability")
+    return nodes(model), task.split(one.tokenizer, 96, 0)
+
+
+def test_a_phase_switch_is_found_with_its_condition() -> None:
+    """One head is needed on the prompt only, one on what was generated only, an MLP in both; unseen prompts."""
+    parts, split = phased()
+    fallback = parts.fallback("resample")
+    settings = DynamicSettings(scope="phase", prices=(0.1,), seeds=2, updates=40, batch=12, redraws=1)
+    found = fit_dynamic(parts, split.fit, fallback, settings)
+    told = switching(parts, found, 0.1, split.fit, split.select, split.confirm, fallback)
+    assert told.inputs.values["phase"] == ("prompt", "generation") * len(split.select)
+    rows = {row["site"]: row for row in told.table.iter_rows(named=True)}
+    assert {site for site, row in rows.items() if row["role"] == "switches"} == {"L1.h1", "L1.h2"}
+    assert {site for site, row in rows.items() if row["role"] == "open"} == {"L1.mlp"}
+    for site, on, off in (("L1.h1", "prompt", "generation"), ("L1.h2", "generation", "prompt")):
+        row = rows[site]
+        assert row["feature"] == "phase" and row["auroc"] == 1 and row["on"] == [on] and row["off"] == [off]
+        assert row["open_share"] == 0.5 and row["verified"]
+        # of the two words one is lost: it falls A logits, and the mean over both words half of that
+        assert row["cost_open"] == pytest.approx(A / 2, abs=1e-3) and abs(row["cost_closed"]) < 1e-5
+    judged = judge_dynamic(parts, found, split.select, fallback)
+    row = judged.advantage.row(0, named=True)
+    # static gates need three parts; at two of three gates they mix, a third of the way to all closed
+    assert row["open"] == 2 and row["d"] < 1e-3
+    assert row["difference"] == pytest.approx(judged.closed.mean() / 3, rel=1e-3)
+    assert any(text.startswith("L1.h2 switches") and "open on 'generation'" in text for text in told.sentences())
+
+
+def test_phases_need_answers_of_several_tokens() -> None:
+    _, parts, split = switch()
+    settings = DynamicSettings(scope="phase", prices=(0.1,), seeds=1, updates=1, batch=8)
+    with pytest.raises(GateError, match="is one token, behind which nothing runs"):
+        dynamic_roles(parts, split.fit, split.select, split.confirm, parts.fallback("resample"), settings)

@@ -16,7 +16,17 @@ from patchclamp.study.plan import Plan
 from patchclamp.tasks import Task
 from patchclamp.tasks._split import Split
 
-REVISIONS = {"nodes": 1, "exact": 1, "gradient": 1, "integrated": 1, "gating": 1, "discover": 1, "trust": 1, "relate": 2}
+REVISIONS = {
+    "nodes": 1,
+    "exact": 1,
+    "gradient": 1,
+    "integrated": 1,
+    "gating": 1,
+    "discover": 1,
+    "trust": 1,
+    "relate": 2,
+    "dynamic": 2,
+}
 """Raised whenever a method comes to give other numbers, so that older runs are not taken for the same."""
 
 

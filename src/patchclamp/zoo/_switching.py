@@ -1,4 +1,4 @@
-"""A wired model whose parts are each used on one kind of prompt only: what a gate that looks at the input has to find."""
+"""Wired models whose parts are each used on one kind of prompt, or in one phase, only: what a gate that looks at the input has to find."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,4 +63,41 @@ def switch(family: Family) -> Design:
     return Design("one head for what is looked at, another for what is listened to", wiring, replace(truth, by_cue=by_cue))
 
 
-SWITCHING: dict[str, Callable[[Family], Design]] = {"switch": switch}
+NOTES = ("key", "note")
+"""The two cues of every prompt of `phases`: the answer is the concept of the first, then that of the second."""
+
+
+def phases(family: Family) -> Design:
+    """L1.h1 says the first word of the answer and works on the prompt only, L1.h2 says the second and works on generated words only.
+
+    "... key-apple ... note-bear ..." is followed by "apple bear". A concept by itself stands nowhere in a prompt: it is what the model
+    has said. On it L1.h1 rests on the first token and L1.h2 reads the "note" cue; on every other token it is the other way round.
+    L1.mlp says what either votes for.
+    """
+    space = plain_space(votes=len(CONCEPTS), word=1)
+    vocabulary = vocabulary_of(*NOTES)
+    embed = embedding(space, vocabulary, NOTES)
+    for concept in CONCEPTS:
+        embed[vocabulary.index(concept), space["word"]] = 1.0
+    first, second, bos = space.basis("first"), space.basis("second"), space.basis("bos")
+    read, write = space.basis("concept"), space.basis("votes").T
+    early = Head(np.hstack([space.basis("one", LOOK), space.basis("word", LOOK)]), np.hstack([first, 2 * bos]), read, write)
+    late = Head(np.hstack([space.basis("word", LOOK), space.basis("one", REST * LOOK)]), np.hstack([second, bos]), read, write)
+    mlp, value = saturate(space, family)
+    _, idle, _, silent = layer_of(space)
+    wiring = Wiring(
+        family, vocabulary, space, embed, ((silent, silent, idle, silent), (silent, early, late, silent)), (idle_mlp(space), mlp),
+        unembedding(space, vocabulary, CONCEPTS, A),
+    )  # fmt: skip
+    said = A * (value(1.0) - value(0.0))
+    truths = {
+        phase: truth_of(
+            wiring, said, {part: (HELPS, 2 * said, said) for part in (head, "L1.mlp")}, {(head, "L1.mlp"): (2 * said, said)}
+        )
+        for phase, head in (("prompt", "L1.h1"), ("generation", "L1.h2"))
+    }
+    about = "one head says the answer's first word, on the prompt; another its second, on what was generated"
+    return Design(about, wiring, truths["prompt"], truths)
+
+
+SWITCHING: dict[str, Callable[[Family], Design]] = {"switch": switch, "phases": phases}

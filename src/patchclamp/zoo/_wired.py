@@ -23,7 +23,7 @@ from patchclamp.zoo._designs import CONCEPTS, DESIGNS, FILLERS, PEOPLE, RELATION
 from patchclamp.zoo._edges import live
 from patchclamp.zoo._pairs_of_tasks import PAIRED, TONES
 from patchclamp.zoo._relations import RELATED
-from patchclamp.zoo._switching import CUES, SWITCHING
+from patchclamp.zoo._switching import CUES, NOTES, SWITCHING
 from patchclamp.zoo._wiring import Family, Truth, Wiring, run
 
 if TYPE_CHECKING:
@@ -149,6 +149,23 @@ def _switched(rng: random.Random, right: int, wrong: int) -> Pair:
     return _cued(rng, right, wrong, cues=(rng.choice(CUES),))
 
 
+def _phases(rng: random.Random, right: int, wrong: int, said: bool) -> Pair:
+    """Two cues; what is asked is the first one's concept or, where that has been said already, the second one's."""
+    other = rng.choice([word for word in CONCEPTS if word not in (CONCEPTS[right], CONCEPTS[wrong])])
+
+    def prompt(asked: int) -> list[str]:
+        cues = (other, CONCEPTS[asked]) if said else (CONCEPTS[asked], other)
+        return [*(f"{note}-{word}" for note, word in zip(NOTES, cues, strict=True)), *([other] if said else [])]
+
+    words, places = _among(rng, *prompt(right)[:2])
+    texts: list[str] = []
+    for asked in (right, wrong):
+        cues = prompt(asked)
+        shown = [*words[: places[0]], cues[0], *words[places[0] + 1 : places[1]], cues[1], *words[places[1] + 1 :], *cues[2:]]
+        texts.append(" ".join(shown))
+    return Pair(texts[0], (" " + CONCEPTS[right],), texts[1], (" " + CONCEPTS[wrong],))
+
+
 def _common(rng: random.Random, right: int, wrong: int) -> Pair:
     """A private word of either side, then a cue; the corrupt prompt's cue is for another concept."""
     said, instead = CONCEPTS[right], CONCEPTS[wrong]
@@ -181,6 +198,8 @@ _PROMPTS: dict[str, Callable[[random.Random, int, int], Pair]] = {
     "backup": partial(_cued, cues=("key",), against="nothing"),
     "suppressor": partial(_cued, cues=("key",)),
     "switch": _switched,
+    "phases-prompt": partial(_phases, said=False),
+    "phases-generation": partial(_phases, said=True),
     "common": _common,
     "shared-see": partial(_cued, cues=("see",)),
     "shared-hear": partial(_cued, cues=("hear",)),

@@ -71,6 +71,31 @@ def inputs_of(examples: Examples, by_token: bool, named: Mapping[str, Feature] |
     )
 
 
+PHASES = ("prompt", "generation")
+
+
+def phases_of(examples: Examples, named: Mapping[str, Feature] | None = None) -> Inputs:
+    """Each prompt, and each answer's tokens that the model has before it as it goes on: two inputs of an example, told by their phase.
+
+    An answer of one token leaves no generated token to run on, and its example one input. Features: phase, template (where the task
+    names groups), and whatever `named` says of the prompt.
+    """
+    groups, decode = groups_of(examples), examples.tokenizer.decode
+    rows: list[tuple[str, dict[str, str], int]] = []
+    for number, example in enumerate(examples):
+        own = {name: feature(example) for name, feature in (named or {}).items()}
+        own |= {"template": example.group} if example.group else {}
+        rows.append(("".join(examples.texts(number)), {"phase": PHASES[0], **own}, number))
+        if behind := example.answers[0][:-1] if example.answers else ():
+            rows.append((f"...[{decode(list(behind))}]", {"phase": PHASES[1], **own}, number))
+    return Inputs(
+        tuple(name for name, _, _ in rows),
+        {kind: tuple(row[kind] for _, row, _ in rows) for kind in (rows[0][1] if rows else {})},
+        tuple(number for _, _, number in rows),
+        tuple(groups[number] for _, _, number in rows),
+    )
+
+
 @dataclass(frozen=True)
 class Probed:
     """What tells where a gate is open.

@@ -169,7 +169,7 @@ class _Rows:
     labels: tuple[Site, ...]
     bias: Float[Tensor, "fit part"]
     behind: Float[Tensor, "fit part"]
-    """What is added to the bias behind the prompt, in scope phase."""
+    """The bias behind the prompt, in scope phase: a number of its own, so that a phase's slopes move that phase's gates alone."""
     up: Float[Tensor, "fit part rank"]
     down: Float[Tensor, "fit seen rank"]
     moves: Float[Tensor, " fit"]
@@ -199,7 +199,7 @@ class _Rows:
             bias.append(1 + 0.5 * torch.randn(len(labels), generator=draws))
             down.append(torch.randn(sight.width, rank, generator=draws) / max(1, sight.width) ** 0.5)
         shape = (len(table), len(labels))
-        every = torch.stack(bias), torch.zeros(shape), torch.zeros(*shape, rank), torch.stack(down)
+        every = torch.stack(bias), torch.stack(bias), torch.zeros(*shape, rank), torch.stack(down)
         bias_of, behind, up, down_of = (one.to(device).requires_grad_() for one in every)
         moves, price, wanted, seeds = zip(*table, strict=True)
         return cls(
@@ -239,7 +239,7 @@ class _Rows:
             after = generated(batch)[rows][None, :, :, None]
             mask = batch.mask[rows][None, :, :, None].to(logits)
             if settings.scope == "phase":
-                logits = logits + moves * after * self.behind[:, None, None, :]
+                logits = torch.where((moves > 0) & after, self.behind[:, None, None, :], logits)
         logits = logits.expand(-1, len(batch), -1, -1)
         return _relaxed(logits, settings, draws), mask
 
@@ -252,7 +252,8 @@ class _Rows:
     def done(self, sight: Sight, losses: np.ndarray, settings: DynamicSettings, about: dict[str, Any]) -> Dynamic:
         """What was learned, on the CPU."""
         moves = self.moves[:, None]
-        bias = torch.stack([self.bias, self.bias + moves * self.behind], 1).detach().cpu()
+        apart = (moves > 0) & (settings.scope == "phase")
+        bias = torch.stack([self.bias, torch.where(apart, self.behind, self.bias)], 1).detach().cpu()
         up = (self.up * moves[..., None]).detach().cpu()
         return Dynamic(
             self.labels, sight, bias, up, self.directions.detach().cpu(), self.moves.bool().cpu().numpy(),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from patchclamp.errors import GateError
 from patchclamp.gating.dynamic.controls import LabelControl, blind, label_control, untrained_control
 from patchclamp.gating.dynamic.features import Feature
 from patchclamp.gating.dynamic.fit import Dynamic, Progress, fit_dynamic
@@ -85,8 +86,16 @@ def dynamic_roles(
     Cost: four fits (three in scopes that see nothing, one more where there are wrong answers), and their judging.
 
     Raises:
-        What `fit_dynamic` raises.
+        GateError: gates per phase, and answers of one token, behind which nothing runs.
+        What else `fit_dynamic` raises.
     """
+    if settings.scope == "phase" and not any(
+        len(answer) > 1 for one in (fit, select) for item in one for answer in item.answers[:1]
+    ):
+        raise GateError(
+            f"gates per phase differ between the prompt and what is generated, and every answer of {fit.task!r} is one token, behind which "
+            "nothing runs: give answers of several tokens, or take gates per example or token"
+        )
     found = fit_dynamic(parts, fit, fallback, settings, progress=progress)
     judged = judge_dynamic(parts, found, select, fallback, seed=settings.seed)
     told = switching(parts, found, best_strength(judged), fit, select, confirm, fallback, named=named, seed=settings.seed)

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 
 from patchclamp.errors import GateError
-from patchclamp.gating.dynamic.features import SHOWN, Feature, Inputs, Probed, inputs_of, probe, share_interval
+from patchclamp.gating.dynamic.features import SHOWN, Feature, Inputs, Probed, inputs_of, phases_of, probe, share_interval
 from patchclamp.gating.dynamic.fit import Dynamic
 from patchclamp.gating.dynamic.judge import Judged, every_gate
+from patchclamp.gating.dynamic.sight import generated, right_rows
 from patchclamp.methods import groups_of
 from patchclamp.metrics import metric_named
 from patchclamp.parts import Fallback, Parts
@@ -90,8 +91,11 @@ def switching(
     fits = found.pick(True, strength)
     if not fits:
         raise GateError(f"no moving fit has strength {strength}: there are {sorted(set(found.strength.tolist()))}")
-    by_token = found.sight.scope in ("token", "phase")
-    sets = [inputs_of(examples, by_token, named) for examples in (fit, select)]
+    scope = found.sight.scope
+    sets = [
+        phases_of(examples, named) if scope == "phase" else inputs_of(examples, scope == "token", named)
+        for examples in (fit, select)
+    ]
     opened = [_opened(parts, found, fits, examples) for examples in (fit, select)]
     price = float(found.price[fits].mean())
     rows: list[dict[str, object]] = []
@@ -123,13 +127,24 @@ SCHEMA: dict[str, "type[pl.DataType] | pl.List"] = {
 
 
 def _opened(parts: Parts, found: Dynamic, fits: list[int], examples: Examples) -> Float[np.ndarray, "fit part input"]:
-    """Gates of 0 and 1 on every input: prompts, or prompts' tokens in order."""
+    """Gates of 0 and 1 on every input: prompts, prompts' tokens in order, or each prompt and what was generated behind it."""
     rows: list[np.ndarray] = []
     controllers = [found.controller(number) for number in fits]
     for batch in examples.batches(64):
         gates, _ = every_gate(parts, controllers, batch)
         mine = gates[..., [parts.labels.index(site) for site in found.labels]]
-        if found.sight.scope in ("token", "phase"):
+        if found.sight.scope == "phase":  # alike on all tokens of a phase: that of its first
+            behind = generated(batch).to(gates.device) & batch.mask.to(gates.device)
+            prompt = batch.mask.to(gates.device) & ~behind
+            first = torch.stack([prompt.long().argmax(1), behind.long().argmax(1)], 1)[right_rows(batch, "phase")]
+            both = torch.stack([prompt.any(1), behind.any(1)], 1)[right_rows(batch, "phase")]
+            rows.append(
+                mine.gather(2, first[None, :, :, None].expand(len(mine), -1, -1, mine.shape[-1]))[:, both]
+                .transpose(1, 2)
+                .cpu()
+                .numpy()
+            )
+        elif found.sight.scope == "token":
             ends = batch.spans["end"][:, 1:].to(gates.device)
             real = batch.mask.to(gates.device) & (torch.arange(batch.mask.shape[1], device=gates.device) < ends)
             rows.append(mine[:, real].transpose(1, 2).cpu().numpy())
