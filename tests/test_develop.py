@@ -129,14 +129,14 @@ def test_a_training_is_followed_kept_and_shown(folder, tmp_path):
     def run() -> tuple[object, Path]:
         return follow(
             checkpoints(folder), tmp_path / "dev", tasks=["induction"], measures={"heads": counted},
-            plan=Plan(n=16, force=True, min_accuracy=0.0), metrics=pl.DataFrame({"step": [0, 1], "name": ["loss", "loss"], "value": [4.0, 3.0]}),
+            plan=Plan(n=32, force=True, min_accuracy=0.0), metrics=pl.DataFrame({"step": [0, 1], "name": ["loss", "loss"], "value": [4.0, 3.0]}),
         )  # fmt: skip
 
     found, place = run()
     assert found.steps == (0, 500, 4000) and len(called) == 3
     again, _ = run()
     assert len(called) == 3 and again.maps.equals(found.maps)
-    alone = map_task(Model.load("zoo/small"), "induction", Plan(n=16, force=True, min_accuracy=0.0), do=("verify",)).scores
+    alone = map_task(Model.load("zoo/small"), "induction", Plan(n=32, force=True, min_accuracy=0.0), do=("verify",)).scores
     last = found.maps.filter(pl.col("step") == 4000)
     assert last["site"].to_list() == alone.filter(pl.col("kind") != "embed")["site"].to_list()
     assert last["exact"].to_list() == pytest.approx(alone.filter(pl.col("kind") != "embed")["exact"].to_list(), abs=1e-5)
