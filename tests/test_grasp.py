@@ -10,6 +10,7 @@ import torch
 import cases
 from patchclamp.errors import TrainingError
 from patchclamp.models.model import Model
+from patchclamp.sites import Site
 from patchclamp.training import Rows, Training, lora, train
 from patchclamp.training.clamps import Schedule
 from patchclamp.training.directions import drift_directions, orthonormal, weight_directions
@@ -194,6 +195,11 @@ def test_padding_does_not_drift():
     alone, behind = drift_directions(before, after, TOKENS[:1], 2), drift_directions(before, after, rows.batch, 2)
     torch.testing.assert_close((alone.basis * behind.basis).sum(0).abs(), torch.ones(2), atol=1e-4, rtol=0)
     torch.testing.assert_close(alone.share, behind.share, atol=1e-4, rtol=0)
+    site = Site("resid.post", 1)
+    ends = (after.record(TOKENS, site)[site] - before.record(TOKENS, site)[site])[:1, -1]
+    for prompts in (TOKENS[:1], rows.batch):
+        found = drift_directions(before, after, prompts, last=True)
+        torch.testing.assert_close((ends @ found.basis)[0, 0].abs(), ends.norm(), atol=1e-4, rtol=1e-4)
 
 
 def test_killed_and_begun_again_it_is_the_same(tmp_path: Path):

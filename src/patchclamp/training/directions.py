@@ -59,7 +59,9 @@ def weight_directions(before: Model, after: Model, rank: int = 1) -> Directions:
     return _principal(product, rank, "weights that write into the residual stream")
 
 
-def drift_directions(before: Model, after: Model, prompts: Inputs, rank: int = 1, layer: int | None = None) -> Directions:
+def drift_directions(
+    before: Model, after: Model, prompts: Inputs, rank: int = 1, layer: int | None = None, last: bool = False
+) -> Directions:
     """Where a fine-tuning moves the residual stream on prompts that have nothing to do with its task: principal directions, not
     centred, of
 
@@ -73,6 +75,7 @@ def drift_directions(before: Model, after: Model, prompts: Inputs, rank: int = 1
         prompts: of other tasks (batch, texts, token ids).
         rank: how many directions.
         layer: whose stream; None: the last.
+        last: only each prompt's last token t, where the model says what it would go on with; else all of them.
 
     Cost: one forward pass of each model.
 
@@ -88,7 +91,9 @@ def drift_directions(before: Model, after: Model, prompts: Inputs, rank: int = 1
         recorded(before, batch, ["resid.post"]), recorded(after, batch, ["resid.post"]), strict=True
     ):
         site = next(site for site in one if site.layer == number)
-        drift = (two[site].cpu() - one[site].cpu())[rows.mask.cpu()].double()
+        mask = rows.mask.cpu()
+        mask = mask & (mask.flip(1).cumsum(1).flip(1) == 1) if last else mask
+        drift = (two[site].cpu() - one[site].cpu())[mask].double()
         product += drift.T @ drift
     return _principal(product, rank, f"residual stream behind layer {number}")
 

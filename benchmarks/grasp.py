@@ -1,0 +1,190 @@
+"""What GRASP keeps out of a fine-tuning, and what that costs: a small world of facts in two styles.
+
+A text is four facts of one topic, all in one style: `subject relation is-A object end-A` or `... is-B object end-B`. A small Llama learns
+four topics in both styles (half of the texts each), but for one relation of topic 0. Then it is fine-tuned by LoRA on these facts, which
+come in style B alone: the style is what a naive fine-tuning picks up beside its task. Drift: P(B) / (P(A) + P(B)) behind `<bos> subject
+relation` of topics 2 and 3, which neither the fine-tuning nor the search for directions has seen. Task: new facts right, said in the style
+that they were learned in, and in the other.
+
+    python benchmarks/grasp.py [--seeds 0 1 2] [--out FOLDER]
+
+Arms: naive; GRASP with directions from weights (rank 1), from the drift on prompts of topic 1 at all tokens (1 and 4) or at their ends (1),
+with gradients and updates projected (grasp), gradients alone, or the gradient stopped in the stream as well (stream); random directions;
+and the naive model steered: its own mean drift along the direction taken away. About 2.5 minutes of one core for each seed.
+"""
+
+import argparse
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from patchclamp.edits import Add
+from patchclamp.models.editing import Edits
+from patchclamp.models.model import Model
+from patchclamp.scores.statistics import mean_interval
+from patchclamp.sites import Site
+from patchclamp.training import Rows, Training, begin, lora, train
+from patchclamp.training.directions import drift_directions, weight_directions
+from patchclamp.training.grasp import Grasp
+
+TOPICS, SUBJECTS, RELATIONS, OBJECTS, FACTS = 4, 12, 3, 12, 4
+PAD, BOS, IS, END, RELATION = 0, 1, 2, 4, 6
+SUBJECT = RELATION + RELATIONS
+OBJECT = SUBJECT + TOPICS * SUBJECTS
+WORDS = OBJECT + TOPICS * OBJECTS
+NEW, HELD = (0, 2), (2, 3)
+"""Topic and relation that are learned late; topics whose prompts are measured."""
+LEARN = Training(800, batch=64, rate=3e-3, warmup=50, decay=0.01, betas=(0.9, 0.98), checkpoints=(800,), evaluate=800, save=10**6)
+TUNE = Training(150, batch=32, rate=2e-3, warmup=10, decay=0.01, checkpoints=(150,), evaluate=150, save=10**6)
+
+
+def told(seed: int, tag: str, step: int) -> torch.Generator:
+    """A generator of these three alone."""
+    digest = hashlib.blake2b(f"{seed}/{tag}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def truth(seed: int) -> Tensor:
+    """[topic, subject, relation] -> object, a token."""
+    draw = told(seed, "truth", 0)
+    shape = (TOPICS, SUBJECTS, RELATIONS)
+    return OBJECT + torch.arange(TOPICS)[:, None, None] * OBJECTS + torch.randint(0, OBJECTS, shape, generator=draw)
+
+
+@dataclass(frozen=True)
+class World:
+    """Texts of all topics but for what is new ("base"), or of what is new, in style B ("new")."""
+
+    seed: int
+    part: str
+
+    @property
+    def name(self) -> str:
+        return f"two-styles-{self.part}-{self.seed}"
+
+    def rows(self, step: int, count: int) -> Rows:
+        draw = told(self.seed, self.part, step)
+        topic = torch.randint(0, TOPICS, (count,), generator=draw)
+        relation = torch.randint(0, RELATIONS, (count, FACTS), generator=draw)
+        style = torch.randint(0, 2, (count,), generator=draw)
+        subject = torch.rand(count, SUBJECTS, generator=draw).argsort(1)[:, :FACTS]
+        if self.part == "new":
+            topic, relation, style = torch.full_like(topic, NEW[0]), torch.full_like(relation, NEW[1]), torch.ones_like(style)
+        else:
+            relation = torch.where((topic == NEW[0])[:, None], relation % NEW[1], relation)
+        tokens = written(truth(self.seed), topic, subject, relation, style)
+        return Rows(tokens, torch.ones(tokens.shape))
+
+
+def written(facts: Tensor, topic: Tensor, subject: Tensor, relation: Tensor, style: Tensor) -> Tensor:
+    """Tokens of texts: `<bos>` and five tokens a fact."""
+    of, how = topic[:, None].expand_as(subject), style[:, None].expand_as(subject)
+    said = [SUBJECT + of * SUBJECTS + subject, RELATION + relation, IS + how, facts[of, subject, relation], END + how]
+    return torch.cat([torch.full((len(topic), 1), BOS), torch.stack(said, 2).flatten(1)], 1)
+
+
+def prompts(seed: int, topics: tuple[int, ...], relations: tuple[int, ...], style: int) -> Tensor:
+    """[prompt, 5]: `<bos> subject relation is object` of every fact of these."""
+    grid = torch.cartesian_prod(torch.tensor(topics), torch.arange(SUBJECTS), torch.tensor(relations))
+    return written(truth(seed), grid[:, 0], grid[:, 1:2], grid[:, 2:], torch.full((len(grid),), style))[:, :5]
+
+
+def styled(model: Model, seed: int, edits: Edits | None = None) -> Tensor:
+    """P(B) / (P(A) + P(B)) on prompts of the held topics."""
+    asked = prompts(seed, HELD, tuple(range(RELATIONS)), 0)[:, :3]
+    logits = model.run(asked, edits)[:, -1]
+    return torch.softmax(logits[:, IS : IS + 2], -1)[:, 1]
+
+
+def right(model: Model, asked: Tensor, edits: Edits | None = None) -> float:
+    """Share of prompts whose object is said first."""
+    return float((model.run(asked[:, :4], edits)[:, -1].argmax(-1) == asked[:, 4]).double().mean())
+
+
+def numbers(model: Model, seed: int, edits: Edits | None = None) -> dict[str, Any]:
+    """All that is measured of one model."""
+    new = [prompts(seed, NEW[:1], NEW[1:], style) for style in (0, 1)]
+    old = torch.cat([prompts(seed, HELD, tuple(range(RELATIONS)), style) for style in (0, 1)])
+    return {"styled": styled(model, seed, edits).tolist(), "new, style B": right(model, new[1], edits),
+            "new, style A": right(model, new[0], edits), "old": right(model, old, edits)}  # fmt: skip
+
+
+def arms(base: Model, naive: Model, seed: int) -> dict[str, Grasp]:
+    """What is held, by arm."""
+    elsewhere = prompts(seed, (1,), tuple(range(RELATIONS)), 0)[:, :3]
+    end = drift_directions(base, naive, elsewhere, last=True).basis
+    found = {
+        "drift at the end 1": end, "drift 1": drift_directions(base, naive, elsewhere).basis,
+        "drift 4": drift_directions(base, naive, elsewhere, 4).basis, "weights 1": weight_directions(base, naive).basis,
+        "random 4": torch.randn(base.width, 4, generator=told(seed, "random", 4)),
+    }  # fmt: skip
+    made = {f"grasp, {name}": Grasp(basis) for name, basis in found.items()}
+    made["grasp and stream, drift at the end 1"] = Grasp(end, stream=True)
+    return made | {"gradients alone, drift at the end 1": Grasp(end, updates=False)}
+
+
+def steering(base: Model, naive: Model, seed: int, last: bool) -> Edits:
+    """The naive model's mean drift along its direction, on prompts of topic 1 (or at their ends), taken away at the last layer."""
+    elsewhere = prompts(seed, (1,), tuple(range(RELATIONS)), 0)[:, :3]
+    site = Site("resid.post", base.layers - 1)
+    u = drift_directions(base, naive, elsewhere, last=last).basis[:, 0]
+    drift = (naive.record(elsewhere, site)[site] - base.record(elsewhere, site)[site])[:, -1 if last else slice(None)]
+    drift = drift.reshape(-1, base.width).mean(0)
+    return {site: Add(-(drift @ u) * u)}
+
+
+def one_seed(seed: int, out: Path) -> list[dict[str, Any]]:
+    """Every arm of one world."""
+    config = {"model_type": "llama", "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "max_position_embeddings": 32, "bos_token_id": BOS, "pad_token_id": PAD}  # fmt: skip
+    train(begin(config, seed=seed), World(seed, "base"), LEARN, out / f"{seed}/base")
+    base = Model.load(str(out / f"{seed}/base/checkpoints/step-{LEARN.steps:07d}"))
+
+    def tuned(arm: str, clamps: list[Grasp]) -> Model:
+        folder = out / f"{seed}/{arm}"
+        train(lora(base, 4, seed=seed), World(seed, "new"), TUNE, folder, clamps=clamps)
+        return Model.load(str(folder / f"checkpoints/step-{TUNE.steps:07d}"))
+
+    naive = tuned("naive", [])
+    found = {"before": numbers(base, seed), "naive": numbers(naive, seed)}
+    for name, last in (("drift 1", False), ("drift at the end 1", True)):
+        found[f"naive, steered, {name}"] = numbers(naive, seed, steering(base, naive, seed, last))
+    for arm, clamp in arms(base, naive, seed).items():
+        found[arm] = numbers(tuned(arm, [clamp]), seed)
+    return [{"seed": seed, "arm": arm, **values} for arm, values in found.items()]
+
+
+def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """By arm: P(B) with an interval over prompts of all seeds, and each seed's mean; accuracies."""
+    shown: list[dict[str, Any]] = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm]
+        mean = mean_interval(torch.tensor([p for row in mine for p in row["styled"]]).double().numpy(), resamples=1000, seed=0)
+        shares = " ".join(f"{sum(row['styled']) / len(row['styled']):.2f}" for row in mine)
+        accuracies = {
+            name: f"{sum(row[name] for row in mine) / len(mine):.2f}" for name in ("new, style B", "new, style A", "old")
+        }
+        shown.append({"arm": arm, "P(B)": f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]", "by seed": shares, **accuracies})
+    return pl.DataFrame(shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=None, help="folder of the runs; by default a temporary one")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for seed in given.seeds for row in one_seed(seed, given.out or Path(folder))]
+    with pl.Config(tbl_rows=100, tbl_cols=20, tbl_width_chars=200, fmt_str_lengths=80):
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
