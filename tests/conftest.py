@@ -45,6 +45,15 @@ def _shared_models_are_left_as_found() -> Iterator[None]:
         pytest.fail(f"tests changed models that they share: {', '.join(found[:10])}", pytrace=False)
 
 
+@pytest.fixture(autouse=True)
+def _threads_are_left_as_found() -> Iterator[None]:
+    """More threads round otherwise, and the next test may ask for equal bits."""
+    yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 1, f"the test left {threads} threads"
+
+
 @pytest.fixture(scope="session")
 def few_gates() -> Callable[[], AbstractContextManager[None]]:
     """While open, learned gates of the default budget are fitted with 3 seeds on batches of 12 instead of 4 on 32.

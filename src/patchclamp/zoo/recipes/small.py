@@ -147,7 +147,6 @@ def rate_at(recipe: Recipe, state: State) -> float:
 
 def train(recipe: Recipe, out: Path) -> State:
     """Train, or go on training, until done; leaves config, weights, tokenizer and README in `out`."""
-    torch.set_num_threads(2)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(recipe, out)
     model = build(recipe, len(tokenizer))
@@ -281,6 +280,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most", type=int, default=Recipe.most, help="updates at most")
     given = parser.parse_args()
+    torch.set_num_threads(2)
     train(Recipe(seed=given.seed, most=given.most), given.out)
 
 
