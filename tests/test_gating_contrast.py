@@ -59,6 +59,34 @@ def test_what_hearing_needs_and_seeing_does_not_is_isolated(controls: bool) -> N
     assert (rows["high_a"] < 0.05).all() and (rows["low_b"] > 0.95).all()
 
 
+def test_each_formats_own_pathway_is_isolated() -> None:
+    """The same maps, told by an instruction or shown by three examples: what brings the rule differs, what applies it is shared.
+
+    Judged on prompts that no gate was fitted to. Of an examples' pathway in series any part suffices to close it.
+    """
+    one = wired("formats")
+    model = Model.load(one.hf.float(), tokenizer=one.tokenizer)
+    splits = {name: task.split(one.tokenizer, 72, 0) for name, task in one.tasks.items()}
+    told, shown = (Behaviour(splits[name].fit, splits[name].select) for name in ("instruction", "examples"))
+    parts = nodes(model)
+    result = contrast(parts, told, shown, parts.fallback("resample"), replace(FEW, seeds=1), controls=False)
+    table = {row["site"]: row for row in result.parts.iter_rows(named=True)}
+    own = {"": ({"L1.h1"}, {"L0.h1", "L0.mlp", "L1.h2"}), "_reverse": ({"L0.h1", "L0.mlp", "L1.h2"}, {"L1.h1"})}
+    for tail, (kept, lost) in own.items():
+        assert {site for site, row in table.items() if row[f"kept{tail}"] == 1} == kept | {"L1.mlp"}
+        closed = {site for site, row in table.items() if row[f"isolated{tail}"] == 1}
+        assert closed and closed <= lost
+    shares = result.evaluation.select("direction", "side", "share_a", "share_b", "low_a", "low_b", "high_a", "high_b").to_dicts()
+    for row in shares:
+        high, low = ("a", "b") if row["direction"] == CONTRAST else ("b", "a")
+        assert row[f"low_{high}"] > 0.95
+        if row["direction"] == CONTRAST and row["side"] == "open":
+            # the one part that it need close, L0.h1, takes the rule away and puts no other in: half of what all closed takes
+            assert abs(row["share_b"] - 0.5) < 0.05
+        else:
+            assert row[f"high_{low}"] < 0.05
+
+
 @pytest.mark.long
 def test_controls_separate_nothing() -> None:
     result = found(controls=True)

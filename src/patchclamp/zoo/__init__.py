@@ -109,7 +109,7 @@ def wired(name: str, family: str = "gpt2") -> "Wired":
 
     Args:
         name: one of `wired_names()`: "induction", "redundant", "interfering", "facts", "and", "or", "backup", "suppressor",
-            "switch", "common" or "shared" (which has two tasks: `tasks`).
+            "switch", "phases", "common", "shared" or "formats" (the last two have two tasks each: `tasks`).
         family: "gpt2" (closed forms exact to 1e-5 in float64) or "llama" (grouped-query attention; to 1e-5 relative, for its
             norms compute in float32).
 

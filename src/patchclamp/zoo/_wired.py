@@ -21,6 +21,7 @@ from patchclamp.tasks import Pair, Task, Tokenizer
 from patchclamp.zoo import _compile
 from patchclamp.zoo._designs import CONCEPTS, DESIGNS, FILLERS, PEOPLE, RELATIONS, N
 from patchclamp.zoo._edges import live
+from patchclamp.zoo._formats import FORMATS, RULES, SHIFTS, SHOTS, mapped
 from patchclamp.zoo._pairs_of_tasks import PAIRED, TONES
 from patchclamp.zoo._relations import RELATED
 from patchclamp.zoo._switching import CUES, NOTES, SWITCHING
@@ -29,7 +30,7 @@ from patchclamp.zoo._wiring import Family, Truth, Wiring, run
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ALL = DESIGNS | RELATED | SWITCHING | PAIRED
+ALL = DESIGNS | RELATED | SWITCHING | PAIRED | FORMATS
 WIRED = tuple(ALL)
 FAMILIES: tuple[Family, ...] = ("gpt2", "llama")
 
@@ -166,6 +167,26 @@ def _phases(rng: random.Random, right: int, wrong: int, said: bool) -> Pair:
     return Pair(texts[0], (" " + CONCEPTS[right],), texts[1], (" " + CONCEPTS[wrong],))
 
 
+def _formats(rng: random.Random, right: int, _: int, shots: bool) -> Pair:
+    """A rule, told or shown, and a word to apply it to; the corrupt prompt is of the other rule, and its examples of other words."""
+    rule = rng.randrange(len(RULES))
+    query, other = (right - SHIFTS[rule]) % N, 1 - rule
+    if shots:
+        shown = rng.sample([word for word in range(N) if word != query], SHOTS)
+        # no word that the other rule's examples begin with leads to a clean one's end by either rule
+        free = [word for word in range(N) if all(mapped(rule, one) not in (mapped(r, word) for r in (0, 1)) for one in shown)]
+        begun = rng.sample(free, SHOTS)
+        texts = [
+            [part for word in some for part in (CONCEPTS[word], CONCEPTS[mapped(by, word)], FILLERS[0])]
+            for some, by in ((shown, rule), (begun, other))
+        ]
+    else:
+        words, (place,) = _among(rng, f"do-{RULES[rule]}")
+        texts = [words, [*words[:place], f"do-{RULES[other]}", *words[place + 1 :]]]
+    clean, corrupt = (" ".join([*text, CONCEPTS[query]]) for text in texts)
+    return Pair(clean, (" " + CONCEPTS[right],), corrupt, (" " + CONCEPTS[mapped(other, query)],), mirrors=False)
+
+
 def _common(rng: random.Random, right: int, wrong: int) -> Pair:
     """A private word of either side, then a cue; the corrupt prompt's cue is for another concept."""
     said, instead = CONCEPTS[right], CONCEPTS[wrong]
@@ -200,6 +221,8 @@ _PROMPTS: dict[str, Callable[[random.Random, int, int], Pair]] = {
     "switch": _switched,
     "phases-prompt": partial(_phases, said=False),
     "phases-generation": partial(_phases, said=True),
+    "formats-instruction": partial(_formats, shots=False),
+    "formats-examples": partial(_formats, shots=True),
     "common": _common,
     "shared-see": partial(_cued, cues=("see",)),
     "shared-hear": partial(_cued, cues=("hear",)),
