@@ -139,12 +139,17 @@ def steering(base: Model, naive: Model, seed: int, last: bool) -> Edits:
     return {site: Add(-(drift @ u) * u)}
 
 
-def one_seed(seed: int, out: Path) -> list[dict[str, Any]]:
-    """Every arm of one world."""
+def learned(seed: int, out: Path) -> Model:
+    """The model that knows all but what is new; trained once."""
     config = {"model_type": "llama", "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
               "num_attention_heads": 4, "max_position_embeddings": 32, "bos_token_id": BOS, "pad_token_id": PAD}  # fmt: skip
     train(begin(config, seed=seed), World(seed, "base"), LEARN, out / f"{seed}/base")
-    base = Model.load(str(out / f"{seed}/base/checkpoints/step-{LEARN.steps:07d}"))
+    return Model.load(str(out / f"{seed}/base/checkpoints/step-{LEARN.steps:07d}"))
+
+
+def one_seed(seed: int, out: Path) -> list[dict[str, Any]]:
+    """Every arm of one world."""
+    base = learned(seed, out)
 
     def tuned(arm: str, clamps: list[Grasp]) -> Model:
         folder = out / f"{seed}/{arm}"

@@ -1,0 +1,85 @@
+"""What a fine-tuning forgets when few weights may change: a task's own neurons, tensors by condition number; the world of grasp.py.
+
+The Llama of `grasp.py` learns its new facts (topic 0) with all weights; with the neurons alone that are active on topic 0 (those with half of all
+activity), with those of topic 3, with random ones, as many; with the tensors of lowest and highest condition number, as many as are
+needed for a fifth of the weights. New facts right, old facts of topics 2 and 3 right (what is forgotten), bytes of AdamW's state.
+
+    python benchmarks/chosen.py [--seeds 0] [--out FOLDER]
+
+About 2.5 minutes of one core for each seed.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from grasp import NEW, RELATIONS, TOPICS, TUNE, World, learned, numbers, prompts
+
+from patchclamp.models.model import Model
+from patchclamp.training import Clamp, train
+from patchclamp.training.sparse import Only, frequencies, overlap, random_neurons, task_neurons
+from patchclamp.training.tensors import learning, optimizer_bytes
+from patchclamp.units.condition import condition
+
+SHARE, ACTIVITY = 0.2, 0.5
+
+
+def said(seed: int, topic: int) -> torch.Tensor:
+    """Old facts of a topic in both styles."""
+    known = tuple(range(NEW[1] if topic == NEW[0] else RELATIONS))
+    return torch.cat([prompts(seed, (topic,), known, style) for style in (0, 1)])
+
+
+def by_condition(model: Model, lowest: bool) -> list[str]:
+    """Tensors from one end of the ranking, until they have a fifth of the weights."""
+    table = condition(model).filter(pl.col("name") == "condition").drop_nulls("value").sort("value", descending=not lowest)
+    sizes = {name: one.numel() for name, one in model.hf.named_parameters()}
+    found: list[str] = []
+    for name in table["part"]:
+        if sum(sizes[one] for one in found) < SHARE * sum(sizes.values()):
+            found.append(name)
+    return found
+
+
+def one_seed(seed: int, out: Path) -> tuple[list[dict[str, Any]], pl.DataFrame]:
+    """Every arm, and how much topics share their neurons."""
+    base = learned(seed, out)
+    sets = {f"topic {topic}": task_neurons(frequencies(base, said(seed, topic)), ACTIVITY) for topic in range(TOPICS)}
+    own = sets["topic 0"]
+    arms: dict[str, tuple[Sequence[Clamp], Sequence[str]]] = {
+        "all weights": ((), ()),
+        f"{len(own)} neurons of topic 0": ((Only(own),), ()),
+        "neurons of topic 3": ((Only(sets["topic 3"]),), ()),
+        "random neurons": ((Only(random_neurons(base, own, seed)),), ()),
+        "lowest condition": ((), by_condition(base, lowest=True)),
+        "highest condition": ((), by_condition(base, lowest=False)),
+    }
+    rows = [{"arm": "before", **numbers(base, seed), "bytes": 0}]
+    for arm, (clamps, names) in arms.items():
+        model = learned(seed, out)
+        with learning(model, names) if names else nullcontext():
+            size = optimizer_bytes(model, TUNE)
+            train(model, World(seed, "new"), TUNE, out / f"{seed}/chosen, {arm}", clamps=clamps)
+        rows.append({"arm": arm, **numbers(model, seed), "bytes": size})
+    return [{"seed": seed, **row, "styled": sum(row["styled"]) / len(row["styled"])} for row in rows], overlap(base, sets)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=None, help="folder of the runs; by default a temporary one")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, pl.Config(tbl_rows=100, tbl_cols=20, tbl_width_chars=200, fmt_str_lengths=80):
+        for seed in given.seeds:
+            rows, shared = one_seed(seed, given.out or Path(folder))
+            print(shared, pl.DataFrame(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
