@@ -304,3 +304,12 @@ def test_a_run_that_was_cut_off_ends_in_the_same_weights(tmp_path):
     for a, b in zip(whole.model.hf.parameters(), again.model.hf.parameters(), strict=True):
         assert torch.equal(a, b)
     assert again.curve("loss").equals(whole.curve("loss"))
+
+
+def test_a_run_from_a_model_just_trained_goes_on_from_that_model_loaded(tmp_path):
+    """Saving writes the model's class into its config, which a model that was never saved lacks."""
+    first = train(small(), Repeats(), Training(2, batch=4), tmp_path / "first")
+    train(first.model, Repeats(seed=1), Training(2, batch=4), tmp_path / "second")
+    loaded = Model.load(tmp_path / "first" / "checkpoints" / "step-0000002")
+    again = train(loaded, Repeats(seed=1), Training(2, batch=4), tmp_path / "second")  # is finished: claims the folder, does nothing
+    assert again.steps[-1] == 2

@@ -20,7 +20,7 @@ from patchclamp.training.loss import Loss
 from patchclamp.training.plan import Training
 
 FILE = "training.json"
-INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "use_cache")
+INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "use_cache", "architectures")
 """What a configuration says of where it came from, not of what it computes."""
 
 
