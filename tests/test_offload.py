@@ -156,7 +156,7 @@ def test_a_sweep_over_an_offloaded_model(tmp_path: Path) -> None:
 # --- tensor parallel
 
 RANK = """
-import os, sys
+import os, sys, time
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
@@ -178,7 +178,10 @@ except ModelError as error:
     print(f"rank {dist.get_rank()}: {error}")
 else:
     sys.exit("it was loaded")
-dist.destroy_process_group()
+sys.stdout.flush()
+dist.barrier()
+time.sleep(0.5)  # until the other is through the barrier, too
+os._exit(0)  # gloo's threads, taken down as the interpreter ends, sometimes abort the process
 """
 
 
