@@ -383,3 +383,12 @@ def test_weights_hash_is_cached_by_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert weights_hash({"a": torch.zeros(2)}, files=[file]) == first  # read from the cache: the weights were not looked at
     file.write_bytes(b"22")
     assert weights_hash({"a": torch.zeros(2)}, files=[file]) != first
+
+
+def test_what_differs_between_questions_is_named_however_deep(tmp_path: Path) -> None:
+    def asked(chat: bool) -> dict[str, object]:
+        return {"n": 8, "source": {"model": "m", "asked": {"options": None, "columns": None, "chat": chat}}}
+
+    Run.open(tmp_path / "run", asked(False), digest="a" * 64, task="t", model="m").close()
+    with pytest.raises(StoreError, match=r"\(source\.asked\.chat False there, True here\)"):
+        Run.open(tmp_path / "run", asked(True), digest="b" * 64, task="t", model="m")

@@ -274,11 +274,12 @@ def _difference(folder: Path, found: Manifest, plan: Any) -> str:
 
 
 def _apart(was: object, now: object) -> list[tuple[str, object, object]]:
-    """What differs between two values of a plan: of mappings, which entries."""
+    """What differs between two values of a plan: of mappings, which entries, however deep."""
     if not isinstance(was, dict) or not isinstance(now, dict):
         return [("", was, now)]
     old, new = cast(dict[str, object], was), cast(dict[str, object], now)
-    return [(f".{name}", old.get(name), new.get(name)) for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return [(f".{name}{rest}", *two) for name in changed for rest, *two in _apart(old.get(name), new.get(name))]  # pyright: ignore[reportReturnType]
 
 
 def _make(folder: Path) -> list[Path]:
