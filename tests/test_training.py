@@ -311,5 +311,5 @@ def test_a_run_from_a_model_just_trained_goes_on_from_that_model_loaded(tmp_path
     first = train(small(), Repeats(), Training(2, batch=4), tmp_path / "first")
     train(first.model, Repeats(seed=1), Training(2, batch=4), tmp_path / "second")
     loaded = Model.load(tmp_path / "first" / "checkpoints" / "step-0000002")
-    again = train(loaded, Repeats(seed=1), Training(2, batch=4), tmp_path / "second")  # is finished: claims the folder, does nothing
+    again = train(loaded, Repeats(seed=1), Training(2, batch=4), tmp_path / "second")  # is finished: nothing is left to do
     assert again.steps[-1] == 2
