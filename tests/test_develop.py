@@ -1,5 +1,6 @@
 """Development: checkpoints wherever they lie, when effects form, measures and maps at each, a page of it."""
 
+import importlib
 import json
 from functools import cache
 from pathlib import Path
@@ -183,3 +184,26 @@ def test_the_command(cli, folder, tmp_path):
     ):
         code, out, err = cli("develop", folder, "--out", tmp_path / "wrong", *wrong)
         assert code == 2 and words in err.replace("\n", " ") and not (tmp_path / "wrong").exists()
+
+
+def test_a_map_that_failed_is_tried_again_and_told_anew(folder, tmp_path, monkeypatch):
+    """What was kept without it is not taken for the whole."""
+    module = importlib.import_module("patchclamp.develop.follow")
+
+    own, calls = module._mapped, []
+
+    def failing(*given: object) -> list[tuple[str, int, object, str, str]]:
+        calls.append(1)
+        rows = own(*given)
+        if len(calls) > 1:
+            return rows
+        return [(row[0], 500, None, "", "out of memory") if row[1] == 500 else row for row in rows]
+
+    monkeypatch.setattr(module, "_mapped", failing)
+    options = {"tasks": ["induction"], "plan": Plan(n=16, force=True, min_accuracy=0.0)}
+    first, place = follow(checkpoints(folder), tmp_path / "dev", **options)
+    assert first.baselines["error"].to_list() == ["", "out of memory", ""]
+    assert load_development(place).baselines.equals(first.baselines)
+    second, _ = follow(checkpoints(folder), tmp_path / "dev", **options)
+    assert second.baselines["error"].to_list() == ["", "", ""] and set(second.maps["step"]) == {0, 500, 4000}
+    assert load_development(place).maps.equals(second.maps)

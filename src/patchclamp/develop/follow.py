@@ -16,6 +16,7 @@ from patchclamp.errors import TrainingError
 from patchclamp.files import sha256
 from patchclamp.models.model import Model
 from patchclamp.store import Run, digest, load_record, load_step
+from patchclamp.store.manifest import Manifest
 from patchclamp.store.record import Record
 from patchclamp.study.plan import Plan
 from patchclamp.study.provenance import REVISIONS
@@ -34,6 +35,7 @@ BASELINES = {"task": pl.String, "step": pl.Int64, "n": pl.Int64, "accuracy": pl.
              "run": pl.String, "error": pl.String}  # fmt: skip
 PHASES = {"curve": pl.String, "verdict": pl.String, "step": pl.Float64, "low": pl.Float64, "high": pl.Float64,
           "width": pl.Float64, "before": pl.Float64, "after": pl.Float64}  # fmt: skip
+RESULT = "development"
 WHOLE = "model"
 """What measures call the whole model."""
 SCHEDULED = ("rate", "tokens", "scale")
@@ -135,15 +137,17 @@ def follow(
         assert run.folder is not None
         curves = _measured(run, found, measures, loading, told)
         rows = _mapped(run.folder / "maps", cases, found, on, address, workers, told)
-        result = run.step(
-            "development", _development, curves, rows, metrics, {**body, "steps": [one.step for one in found], "map": list(steps)}
-        )
+        about = {**body, "steps": [one.step for one in found], "map": list(steps)}
+        # maps that failed are tried again next time, and then this is another result
+        missing = digest("", "", [row[:2] for row in rows if row[2] is None], {})[:12] if any(r[2] is None for r in rows) else ""
+        result = run.step(f"{RESULT}-without-{missing}" if missing else RESULT, _development, curves, rows, metrics, about)
         return result, run.folder
 
 
 def load_development(folder: str | Path) -> Development:
-    """What `follow` found, from its folder; raises `StoreError` where it is not finished, or damaged."""
-    return load_step(folder, "development")
+    """What `follow` found the last time, from its folder; raises `StoreError` where it is not finished, or damaged."""
+    done = [name for name in Manifest.read(Path(folder)).steps if name.startswith(RESULT)]
+    return load_step(folder, RESULT if RESULT in done or not done else done[-1])
 
 
 def _loading(one: Checkpoint, loading: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -151,12 +155,13 @@ def _loading(one: Checkpoint, loading: Mapping[str, Any] | None) -> dict[str, An
 
 
 def _identity(found: Sequence[Checkpoint]) -> str:
-    """Of the weights: hashes of local files; a hub revision by its name."""
+    """Of weights and configurations: hashes of local files; a hub revision by its name."""
     state = hashlib.sha256()
     for one in found:
         state.update(f"{one.step} {one.model if one.revision else ''} {one.revision}".encode())
         if one.revision is None:
-            for file in sorted(Path(one.model).glob("*.safetensors")):
+            files = (path for kind in ("config.json", "*.safetensors", "*.bin") for path in sorted(Path(one.model).glob(kind)))
+            for file in files:
                 if "optimizer" not in file.name:
                     state.update(sha256(file).encode())
     return state.hexdigest()

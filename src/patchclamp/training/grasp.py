@@ -3,9 +3,9 @@
     found = weight_directions(before, naive, rank=1)            # or drift_directions(before, naive, unrelated prompts)
     train(again, data, training, out, clamps=[Grasp(found.basis)])
 
-Paper: Unsupervised Identification and Removal of Spurious Correlations During Fine-Tuning (P003). Its abstract alone was at hand:
-"the latent direction, found without labels in a naive fine-tuning, is projected out of the gradients of a second one". What is ours:
-how the direction is found (two ways, below), which weights are projected (those that write into the residual stream), that AdamW's
+Paper: Unsupervised Identification and Removal of Spurious Correlations During Fine-Tuning (P003). A summary of its abstract
+alone was at hand: a latent direction is found without labels in a naive fine-tuning, and projected out of the gradients of a second
+one. What is ours: how the direction is found (two ways, below), which weights are projected (those that write into the residual stream), that AdamW's
 update is projected and not its gradient alone, and the variant `stream`.
 """
 
