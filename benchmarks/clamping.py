@@ -9,11 +9,11 @@ Fails where a clamp costs more than 10 % of the update and more than 1 ms.
 
 import argparse
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from record import seconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from patchclamp.edits import Scale
@@ -55,13 +55,6 @@ def model_of(layers: int, width: int, heads: int) -> Model:
     config = LlamaConfig(vocab_size=1000, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
                          num_attention_heads=heads, max_position_embeddings=64, attn_implementation="eager")  # fmt: skip
     return Model.load(LlamaForCausalLM(config).eval())
-
-
-def seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Wall and processor time of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """Values as in another model: a checkpoint, another run at the same step, or the model itself unclamped."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from drawn import Drawn
 from patchclamp.errors import SiteError, TrainingError
 from patchclamp.models.model import Model
 from patchclamp.sites import Site
@@ -16,17 +16,6 @@ from patchclamp.training.clamps import Ablate, Match, Preserve, Schedule
 
 TOKENS = torch.tensor([[5, 7, 5, 9, 7, 5, 7], [3, 3, 4, 8, 3, 4, 6]])
 ROWS = Rows(TOKENS, torch.ones(2, 7))
-
-
-@dataclass(frozen=True)
-class Random:
-    """Random tokens."""
-
-    name: str = "random"
-
-    def rows(self, step: int, count: int) -> Rows:
-        draw = torch.Generator().manual_seed(1000 + step)
-        return Rows(torch.randint(1, 20, (count, 8), generator=draw), torch.ones(count, 8))
 
 
 def grouped(seed: int = 0, heads: int = 4) -> Model:
@@ -40,7 +29,7 @@ def grouped(seed: int = 0, heads: int = 4) -> Model:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps with checkpoints at 0, 2, 4 and 6."""
     out = tmp_path_factory.mktemp("reference")
-    return train(grouped(7), Random(), Training(6, batch=4, rate=0.02, checkpoints=(0, 2, 4, 6)), out).out
+    return train(grouped(7), Drawn(), Training(6, batch=4, rate=0.02, checkpoints=(0, 2, 4, 6)), out).out
 
 
 @pytest.mark.parametrize(
@@ -105,8 +94,8 @@ def test_a_matched_pattern_has_a_temperature(temperature: float, run: Path):
 def test_a_run_that_matches_itself_is_itself(run: Path, tmp_path: Path):
     """Every head held to the same run, whose checkpoints are kept at each step: the same first loss, and nothing learned behind."""
     numbers = Training(2, batch=4, rate=0.02, checkpoints=(0, 1, 2))
-    plain = train(grouped(7), Random(), numbers, tmp_path / "plain")
-    held = train(grouped(7), Random(), numbers, tmp_path / "held", clamps=[Match(("L0.h*", "L1.h*"), plain.out)])
+    plain = train(grouped(7), Drawn(), numbers, tmp_path / "plain")
+    held = train(grouped(7), Drawn(), numbers, tmp_path / "held", clamps=[Match(("L0.h*", "L1.h*"), plain.out)])
     losses = [one.curve("loss")["value"].to_list() for one in (plain, held)]
     assert losses[1][0] == pytest.approx(losses[0][0], abs=1e-6)
     ends = [one.hf.model.layers[0].self_attn.q_proj.weight for one in (held.model, grouped(7), plain.model)]
@@ -135,7 +124,7 @@ def test_what_cannot_be_held_is_refused(run: Path, tmp_path: Path):
     wide = grouped(heads=2)
     with pytest.raises(TrainingError, match="in the reference"):
         wide.record(TOKENS, "logits", Preserve("L0.h1.q", run / "checkpoints/step-0000002").edits(wide, 0, ROWS))
-    late = train(grouped(7), Random(), Training(3, batch=4, checkpoints=(2,)), tmp_path / "late")
+    late = train(grouped(7), Drawn(), Training(3, batch=4, checkpoints=(2,)), tmp_path / "late")
     shutil.rmtree(late.out / "checkpoints/step-0000000")
     with pytest.raises(TrainingError, match="no checkpoint at or before step 1"):
         Match("L0.h1", late.out).edits(model, 1, ROWS)

@@ -1,6 +1,5 @@
 """Weights of parts: what a slice moves and what it does not, in every family; frozen bit for bit; grafted."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,25 +7,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import cases
+from drawn import Drawn
 from patchclamp.errors import SiteError, TrainingError
 from patchclamp.models.model import Model
 from patchclamp.sites import Site
-from patchclamp.training import Rows, Training, train
+from patchclamp.training import Training, train
 from patchclamp.training.clamps import Freeze, Graft, Schedule
 from patchclamp.training.clamps.slices import Slice, slices
 
 TOKENS = torch.tensor([[5, 7, 5, 9, 7, 5, 7], [3, 3, 4, 8, 3, 4, 6]])
-
-
-@dataclass(frozen=True)
-class Random:
-    """Random tokens."""
-
-    name: str = "random"
-
-    def rows(self, step: int, count: int) -> Rows:
-        draw = torch.Generator().manual_seed(1000 + step)
-        return Rows(torch.randint(1, 20, (count, 8), generator=draw), torch.ones(count, 8))
 
 
 def small(seed: int = 0) -> Model:
@@ -176,7 +165,7 @@ def test_frozen_weights_stay_bit_for_bit(make, optimizer: str, tmp_path: Path):
         return {}
 
     numbers = Training(8, batch=4, rate=0.01, decay=0.1, evaluate=1, optimizer=optimizer)
-    train(model, Random(), numbers, tmp_path, clamps=[Freeze(PARTS, Schedule(3, 6))], measures=[keep])
+    train(model, Drawn(), numbers, tmp_path, clamps=[Freeze(PARTS, Schedule(3, 6))], measures=[keep])
     pieces = slices(model, PARTS)
     for a, b in ((2, 3), (3, 4), (5, 6), (6, 7)):
         frozen = a in (3, 5)
@@ -196,14 +185,14 @@ def test_a_frozen_gradient_counts_for_nothing_where_gradients_are_clipped(tmp_pa
     for weight in theirs.hf.transformer.h[1].mlp.parameters():
         weight.requires_grad_(False)
     numbers = Training(3, batch=4, rate=0.1, clip=0.05, optimizer="sgd")
-    train(ours, Random(), numbers, tmp_path / "ours", clamps=[Freeze("L1.mlp")])
-    train(theirs, Random(), numbers, tmp_path / "theirs")
+    train(ours, Drawn(), numbers, tmp_path / "ours", clamps=[Freeze("L1.mlp")])
+    train(theirs, Drawn(), numbers, tmp_path / "theirs")
     for a, b in zip(ours.hf.parameters(), theirs.hf.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=0)
 
 
 def test_half_frozen_weights_go_half_the_way(tmp_path: Path):
-    ends = {s: train(small(), Random(), Training(1, batch=4, rate=0.01, clip=None), tmp_path / str(s),
+    ends = {s: train(small(), Drawn(), Training(1, batch=4, rate=0.01, clip=None), tmp_path / str(s),
                      clamps=[Freeze("L0.attn", Schedule(strength=s))]).model.hf.transformer.h[0].attn.c_attn.weight
             for s in (0.25, 0.0)}  # fmt: skip
     start = small().hf.transformer.h[0].attn.c_attn.weight
@@ -215,7 +204,7 @@ def test_half_frozen_weights_go_half_the_way(tmp_path: Path):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_graft_is_the_checkpoints_weights_from_its_step_on(frozen: bool, tmp_path: Path):
-    other = train(grouped(5), Random(), Training(2, batch=4), tmp_path / "other")
+    other = train(grouped(5), Drawn(), Training(2, batch=4), tmp_path / "other")
     donor = other.out / "checkpoints/step-0000002"
     weights, kept = dict(other.model.hf.named_parameters()), {}
 
@@ -226,7 +215,7 @@ def test_a_graft_is_the_checkpoints_weights_from_its_step_on(frozen: bool, tmp_p
     model, parts = grouped(), ("L0.h2", "L1.mlp")
     clamp = Graft(parts, donor, step=3, frozen=frozen)
     train(
-        model, Random(), Training(6, batch=4, rate=0.01, decay=0.1, evaluate=1), tmp_path / "run", clamps=[clamp], measures=[keep]
+        model, Drawn(), Training(6, batch=4, rate=0.01, decay=0.1, evaluate=1), tmp_path / "run", clamps=[clamp], measures=[keep]
     )
     for piece in slices(model, parts):
         theirs = piece.of(weights[piece.name])
@@ -234,7 +223,7 @@ def test_a_graft_is_the_checkpoints_weights_from_its_step_on(frozen: bool, tmp_p
         assert torch.equal(piece.of(kept[3][piece.name]), theirs)
         assert torch.equal(piece.of(kept[6][piece.name]), theirs) == frozen
     at_start = grouped()
-    train(at_start, Random(), Training(1, batch=4), tmp_path / "start", clamps=[Graft("L0.attn", donor)], measures=[keep])
+    train(at_start, Drawn(), Training(1, batch=4), tmp_path / "start", clamps=[Graft("L0.attn", donor)], measures=[keep])
     for piece in slices(at_start, ("L0.attn",)):
         assert torch.equal(kept[0][piece.name], weights[piece.name])
 
@@ -242,6 +231,6 @@ def test_a_graft_is_the_checkpoints_weights_from_its_step_on(frozen: bool, tmp_p
 def test_a_graft_of_another_shape_is_refused(tmp_path: Path):
     with pytest.raises(TrainingError, match="no checkpoint"):
         Graft("L0.h0", tmp_path)
-    donor = train(grouped(), Random(), Training(1, batch=2), tmp_path / "other").out / "checkpoints/step-0000001"
+    donor = train(grouped(), Drawn(), Training(1, batch=2), tmp_path / "other").out / "checkpoints/step-0000001"
     with pytest.raises(TrainingError, match="has nothing of that name"):
-        train(small(), Random(), Training(1, batch=2), tmp_path / "run", clamps=[Graft("L0.h0", donor)])
+        train(small(), Drawn(), Training(1, batch=2), tmp_path / "run", clamps=[Graft("L0.h0", donor)])

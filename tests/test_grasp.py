@@ -1,6 +1,5 @@
 """GRASP: directions of a fine-tuning without labels; updates that add nothing along them, whatever the optimizer and the family."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 import cases
+from drawn import Drawn
 from patchclamp.errors import TrainingError
 from patchclamp.models.model import Model
 from patchclamp.sites import Site
@@ -21,17 +21,6 @@ NORMED, EXPERTS = ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3"), ("mixtr
 LINEAR = tuple(name for name in cases.CONFIGS if name not in (*NORMED, *EXPERTS, "bloom"))
 QUICK = ("gpt2", "llama", "gpt_neox", "falcon-alibi", "opt")
 PLAN = Training(4, batch=4, rate=1e-2, schedule="constant", decay=0.1, clip=None, checkpoints=(4,))
-
-
-@dataclass(frozen=True)
-class Random:
-    """Random tokens."""
-
-    name: str = "random"
-
-    def rows(self, step: int, count: int) -> Rows:
-        draw = torch.Generator().manual_seed(1000 + step)
-        return Rows(torch.randint(3, 20, (count, 8), generator=draw), torch.ones(count, 8))
 
 
 def fresh(family: str = "gpt2", seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
@@ -66,7 +55,7 @@ def test_nothing_is_added_along_the_directions_in_any_family(family: str, tmp_pa
     """AdamW with decay, four updates: U^T of each writer's change is 0 to rounding (weights of size .15 in float32: 1e-6)."""
     model, u = fresh(family), orthonormal(basis())
     before = {one.name: one.parameter.detach().clone() for one in writers(model)}
-    train(model, Random(), PLAN, tmp_path / "run", clamps=[Grasp(basis())])
+    train(model, Drawn(lowest=3), PLAN, tmp_path / "run", clamps=[Grasp(basis())])
     for one in writers(model):
         change = (one.parameter.detach() - before[one.name]).double()
         along = u.T @ (change if one.axis == 0 else change.T)
@@ -81,8 +70,8 @@ def test_lora_writes_nothing_along_the_directions(family: str, tmp_path: Path):
     """The product of the factors, and what a checkpoint of it adds; without the clamp it does write there."""
     base = fresh(family)
     plain, held = lora(base, 4, seed=3), lora(base, 4, seed=3)
-    train(plain, Random(), PLAN, tmp_path / "plain")
-    train(held, Random(), PLAN, tmp_path / "held", clamps=[Grasp(basis())])
+    train(plain, Drawn(lowest=3), PLAN, tmp_path / "plain")
+    train(held, Drawn(lowest=3), PLAN, tmp_path / "held", clamps=[Grasp(basis())])
     folded = outputs(Model.load(str(tmp_path / "held/checkpoints/step-0000004")))
     for old, free, new, kept in zip(outputs(base), outputs(plain), outputs(held), folded, strict=True):
         assert share(free - old, basis()) > 0.05
@@ -99,7 +88,7 @@ def test_lora_writes_nothing_along_the_directions(family: str, tmp_path: Path):
     np.testing.assert_allclose(cosines, 1, atol=1e-4)  # folding rounds the change to 1e-8 of weights of .15
     np.testing.assert_allclose(found.share.numpy(), values[:3] ** 2 / (values**2).sum(), rtol=1e-3)
     with pytest.raises(TrainingError, match="begin with a new adapter"):
-        train(plain, Random(), PLAN, tmp_path / "again", clamps=[Grasp(basis())])
+        train(plain, Drawn(lowest=3), PLAN, tmp_path / "again", clamps=[Grasp(basis())])
 
 
 def test_what_adam_makes_of_projected_gradients(tmp_path: Path):
@@ -112,7 +101,7 @@ def test_what_adam_makes_of_projected_gradients(tmp_path: Path):
     ):  # fmt: skip
         model = fresh("llama")
         before = outputs(model)
-        train(model, Random(), plan, tmp_path / name, clamps=clamps)
+        train(model, Drawn(lowest=3), plan, tmp_path / name, clamps=clamps)
         found[name] = float(np.mean([share(new - old, basis()) for old, new in zip(before, outputs(model), strict=True)]))
     # Two of 32 random directions hold sqrt(2 / 32) = .25 of a change.
     assert found["sgd, gradients alone"] < 1e-3 and 0.02 < found["adamw, gradients alone"] < found["free"]
@@ -142,7 +131,7 @@ def test_gradients_are_projected_as_written(conv: bool):
 def test_the_stream_gives_no_gradient_along_the_directions(family: str):
     """Not a bit of the logits changes; at all that is added to the stream the gradient along U is 0, and without it is not."""
     model, clamp = fresh(family), Grasp(basis(), stream=True, weights=False)
-    rows, u = Random().rows(0, 3), orthonormal(basis()).float()
+    rows, u = Drawn(lowest=3).rows(0, 3), orthonormal(basis()).float()
     slopes: dict[str, list[torch.Tensor]] = {}
     logits: dict[str, torch.Tensor] = {}
     for name, edits in (("free", {}), ("held", clamp.edits(model, 0, rows))):
@@ -206,7 +195,7 @@ def test_killed_and_begun_again_it_is_the_same(tmp_path: Path):
     """Its state is that of one update."""
     whole, part = fresh("llama"), fresh("llama")
     plan = Training(6, batch=4, rate=1e-2, checkpoints=(6,), save=2)
-    train(whole, Random(), plan, tmp_path / "whole", clamps=[Grasp(basis(), stream=True)])
+    train(whole, Drawn(lowest=3), plan, tmp_path / "whole", clamps=[Grasp(basis(), stream=True)])
 
     class Cut(Exception):
         pass
@@ -216,9 +205,9 @@ def test_killed_and_begun_again_it_is_the_same(tmp_path: Path):
             raise Cut
 
     with pytest.raises(Cut):
-        train(part, Random(), plan, tmp_path / "part", clamps=[Grasp(basis(), stream=True)], tick=tick)
+        train(part, Drawn(lowest=3), plan, tmp_path / "part", clamps=[Grasp(basis(), stream=True)], tick=tick)
     again = fresh("llama")
-    train(again, Random(), plan, tmp_path / "part", clamps=[Grasp(basis(), stream=True)])
+    train(again, Drawn(lowest=3), plan, tmp_path / "part", clamps=[Grasp(basis(), stream=True)])
     for one, two in zip(whole.hf.parameters(), again.hf.parameters(), strict=True):
         assert torch.equal(one, two)
 

@@ -1,30 +1,19 @@
 """Task neurons: how often each is active, the fewest that hold most of it, overlap beside chance; nothing else learns."""
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import cases
+from drawn import Drawn
 from patchclamp.errors import MeasureError, SiteError, TrainingError
 from patchclamp.models.model import Model
 from patchclamp.training import Rows, Training, train
 from patchclamp.training.sparse import Only, frequencies, overlap, random_neurons, task_neurons
 
 PLAN = Training(3, batch=4, rate=1e-2, schedule="constant", decay=0.1, checkpoints=(3,))
-
-
-@dataclass(frozen=True)
-class Random:
-    """Random tokens."""
-
-    name: str = "random"
-
-    def rows(self, step: int, count: int) -> Rows:
-        draw = torch.Generator().manual_seed(1000 + step)
-        return Rows(torch.randint(3, 20, (count, 8), generator=draw), torch.ones(count, 8))
 
 
 def padded() -> Rows:
@@ -94,7 +83,7 @@ def test_nothing_else_learns(family: str, tmp_path: Path):
     """Rows and columns of two neurons change, every other entry of every weight keeps each bit, also under decay and momentum."""
     model = Model.load(cases.tiny(family))
     before = {name: one.detach().clone() for name, one in model.hf.named_parameters()}
-    train(model, Random(), PLAN, tmp_path / "run", clamps=[Only(("L0.mlp.n5", "L1.mlp.n9"))])
+    train(model, Drawn(lowest=3), PLAN, tmp_path / "run", clamps=[Only(("L0.mlp.n5", "L1.mlp.n9"))])
     allowed = {0: 5, 1: 9}
     changed = 0
     for name, one in model.hf.named_parameters():
@@ -113,8 +102,8 @@ def test_nothing_else_learns(family: str, tmp_path: Path):
 def test_all_parts_are_plain_training(tmp_path: Path):
     """Bit for bit."""
     free, held = Model.load(cases.tiny("gpt2")), Model.load(cases.tiny("gpt2"))
-    train(free, Random(), PLAN, tmp_path / "free")
-    train(held, Random(), PLAN, tmp_path / "held", clamps=[Only(("embed", "L*.block", "final"))])
+    train(free, Drawn(lowest=3), PLAN, tmp_path / "free")
+    train(held, Drawn(lowest=3), PLAN, tmp_path / "held", clamps=[Only(("embed", "L*.block", "final"))])
     for one, two in zip(free.hf.parameters(), held.hf.parameters(), strict=True):
         assert torch.equal(one, two)
 

@@ -1,6 +1,7 @@
 """Dynamic and contrastive gates as steps of a study: what is planted comes out by name, is kept, shown, and runs live."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from patchclamp.store import Run, load_record, load_step
 from patchclamp.study import Plan, Study, cost, gates, map, open_run
 from patchclamp.tasks import load_task
 from patchclamp.zoo import wired
+from patchclamp.zoo._designs import CONCEPTS
 from patchclamp.zoo._wired import Wired
 
 FEW = DynamicSettings(prices=(0.1,), seeds=1, updates=2, batch=8, redraws=0)
@@ -77,6 +79,30 @@ def test_what_switches_is_said_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     planted = {part for part in model.truth.roles if min(kind[part] for kind in kinds) < 1e-6 < max(kind[part] for kind in kinds)}
     assert found is not None and planted and set(found.about["switching"]) == planted == set(found.gates["site"])
     assert found.about["labels_rejected"] is True and 'id="switching"' in render(study.record)
+
+
+@pytest.mark.long
+def test_the_command_tells_what_prompt_and_generation_need(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two words are answered: one head copies the first of them (on the prompt), another the second (behind what was generated)."""
+    monkeypatch.setattr(gates, "BUDGET", DynamicSettings(prices=(0.1,), seeds=1, updates=40, batch=12, redraws=1))
+    one = wired("phases")
+    one.hf.float().save_pretrained(tmp_path / "phases")
+    one.tokenizer.save_pretrained(tmp_path / "phases")
+    with (tmp_path / "two.jsonl").open("w") as file:
+        for example in one.tasks["prompt"].examples(one.tokenizer, 128, seed=0):
+            clean, corrupt, (answer,) = example.pair.clean, str(example.pair.corrupt), example.pair.answer
+            word = re.findall(r"note-(\w+)", clean)[0]
+            other = next(name for name in CONCEPTS if name not in (word, answer))
+            pair = {"clean": clean, "corrupt": corrupt.replace(f"note-{word}", f"note-{other}"), "answer": f"{answer} {word}"}
+            file.write(json.dumps(pair) + "\n")
+    asked = ("gate", "phases", "two.jsonl", "--dynamic", "phase", "--metric", "log_probability", "--n", 128, "--no-nulls")
+    code, out, err = cli(*asked, "--out", "run")
+    assert code == 0, err
+    found = load_record(tmp_path / "run").dynamics
+    assert found is not None and set(found.about["switching"]) == {"L1.h1", "L1.h2"}
+    assert "open on 'prompt'" in out and "open on 'generation'" in out
+    code, _, err = cli("gate", "phases", "ioi", "--dynamic", "phase")
+    assert code == 2, err
 
 
 def test_what_was_not_said_is_asked_for(cli):
