@@ -133,18 +133,24 @@ def objectives(
     return found
 
 
-def main() -> None:
-    """Print times, objectives and agreement."""
+def arguments() -> argparse.Namespace:
+    """What was asked for."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("model", nargs="?", default="zoo/small")
     ask.add_argument("task", nargs="?", default="gendered_pronoun")
     ask.add_argument("--seeds", type=int, default=10)
+    ask.add_argument("--loop-seeds", type=int, help="run the loop on the first so many only, and multiply its time")
     ask.add_argument("--turns", type=int, default=2)
     ask.add_argument("--prompts", type=int, default=192)
     ask.add_argument("--updates", type=int, default=500, help="of each descent of the loop (the authors' code: 500)")
     ask.add_argument("--free", type=int, default=40, help="updates at most of this package's free descent")
     ask.add_argument("--pressed", type=int, default=60, help="and of the pressed ones")
-    asked = ask.parse_args()
+    return ask.parse_args()
+
+
+def main() -> None:
+    """Print times, objectives and agreement."""
+    asked = arguments()
     model = Model.load(asked.model)
     split = load_task(asked.task).split(model.tokenizer, asked.prompts if asked.model.startswith("zoo/") else None, 0)
     parts = nodes(model)
@@ -154,21 +160,23 @@ def main() -> None:
     mine = gating_settings("default", seeds=asked.seeds, free=Stage(asked.free, 1.0, 0.1), pressed=Stage(asked.pressed, 0.7, 0.1))
     examples = balanced(split.fit, mine).examples
     start = random_logits(count, range(asked.seeds), mine).numpy()
-    began = objectives(parts, examples, fallback, dict.fromkeys(SIGNS, start), mine)
+    few = asked.loop_seeds or asked.seeds
     seconds: dict[str, list[float]] = {"loop": [], "folded": []}
     processor: dict[str, list[float]] = {"loop": [], "folded": []}
     gated: Gated | None = None
     loop: dict[str, np.ndarray] = {}
     for turn in range(asked.turns):
-        loop, wall, busy = timed(lambda: Loop(model, loop_settings).fit(split.fit, count, asked.seeds))
-        seconds["loop"].append(wall)
-        processor["loop"].append(busy)
-        print(f"turn {turn + 1}: loop {wall:.1f} s ({busy:.1f} s of processors)", end=", ", flush=True)
+        loop, wall, busy = timed(lambda: Loop(model, loop_settings).fit(split.fit, count, few))
+        seconds["loop"].append(wall * asked.seeds / few)
+        processor["loop"].append(busy * asked.seeds / few)
+        print(f"turn {turn + 1}: loop, {few} seeds, {wall:.1f} s ({busy:.1f} s of processors)", end=", ", flush=True)
         gated, wall, busy = timed(lambda: fit(parts, split.fit, fallback, mine))
         seconds["folded"].append(wall)
         processor["folded"].append(busy)
-        print(f"folded {wall:.1f} s ({busy:.1f} s)", flush=True)
+        print(f"folded, {asked.seeds} seeds, {wall:.1f} s ({busy:.1f} s)", flush=True)
     assert gated is not None
+    gated = gated.first(few)
+    began = objectives(parts, examples, fallback, dict.fromkeys(SIGNS, start[:few]), mine)
     ends = objectives(parts, examples, fallback, loop, mine)
     ours = objectives(parts, examples, fallback, {name: one.logits for name, one in gated.descents.items()}, mine)
     fell, apart = 0.0, 0.0
@@ -185,7 +193,7 @@ def main() -> None:
         f"time {ratio:.3f} of the loop's (bar 0.333), of processors {busy:.3f}"
     )
     print(f"calls of most seeds: {agreement(gated, theirs):.1%} of parts agree", end="")
-    half = asked.seeds // 2
+    half = few // 2
     if half:
         within = [agreement(one.first(half), last(one, half)) for one in (theirs, gated)]
         print(f"; between halves of the seeds: loop {within[0]:.1%}, folded {within[1]:.1%}", end="")
