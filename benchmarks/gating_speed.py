@@ -11,6 +11,7 @@ the loop's within 0.5 % of what the loop's fell in all, in at most a third of it
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -198,6 +199,9 @@ def main() -> None:
         within = [agreement(one.first(half), last(one, half)) for one in (theirs, gated)]
         print(f"; between halves of the seeds: loop {within[0]:.1%}, folded {within[1]:.1%}", end="")
     print()
+    named = [role_names(calls(one)) for one in (theirs, gated)]
+    for (before, after), times in Counter(zip(*named, strict=True)).most_common():
+        print(f"  loop {before or 'no call':13} folded {after or 'no call':13} {times} parts")
 
 
 def timed(call: Callable[[], Answer]) -> tuple[Answer, float, float]:
