@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import cases
+from patchclamp.edits import Zero
 from patchclamp.errors import MeasureError
 from patchclamp.models.inputs import token_batch
 from patchclamp.models.model import Model
+from patchclamp.sites import Site
 from patchclamp.units.context import losses
 from patchclamp.units.instability import foreseen, instability, rate_sensitivity
 from patchclamp.units.outliers import _moments, int8, outliers
@@ -102,6 +104,21 @@ def test_eight_bits_cost_little_without_outliers_and_leave_the_model_alone(name:
     assert found["model", "loss"] == pytest.approx(np.nanmean(before))
     assert 0 < abs(found["model", "change.int8"]) < 0.1
     np.testing.assert_array_equal(losses(model, tokens), before)
+
+
+def test_numbers_with_edits_are_those_of_the_model_that_is_edited() -> None:
+    """A head at zero by an edit, and by weights that are zero."""
+    model, hf = cases.model_of("gpt2"), cases.tiny("gpt2")
+    tokens = torch.randint(3, 97, (4, 9), generator=torch.Generator().manual_seed(0))
+    width = model.anatomy.sizes[0].head_width
+    with torch.no_grad():
+        hf.transformer.h[0].attn.c_proj.weight[width : 2 * width] = 0
+    other, edits = Model.load(hf), {Site("z", 0, 1): Zero()}
+    assert numbers(outliers(model, tokens, edits=edits)) == pytest.approx(numbers(outliers(other, tokens)), abs=1e-4)
+    assert numbers(outliers(model, tokens)) != pytest.approx(numbers(outliers(other, tokens)), abs=1e-4)
+    found, plain = (numbers(int8(model, tokens, edits=some)) for some in (edits, None))
+    assert found["model", "loss"] == pytest.approx(numbers(int8(other, tokens))["model", "loss"], abs=1e-5)
+    assert 0 < abs(found["model", "change.int8"]) < 0.1 and abs(found["model", "loss.int8"] - plain["model", "loss.int8"]) > 1e-4
 
 
 def test_an_outlier_makes_eight_bits_worse() -> None:

@@ -1,5 +1,6 @@
 """Dependence: how parts go together, causally and statistically."""
 
+from patchclamp.dependence.additive import Additivity, additivity
 from patchclamp.dependence.association import Association, Recorded, associate, recorded
 from patchclamp.dependence.closings import Closings, close_pairs
 from patchclamp.dependence.compensation import SelfRepair, erasure, joint_backups, self_repair
@@ -12,8 +13,8 @@ from patchclamp.dependence.shapley import Shapley, shapley
 from patchclamp.dependence.table import Dependence
 
 __all__ = [
-    "Association", "Closings", "Communities", "Connectome", "Dependence", "Fit", "Missed", "Recorded", "Screened", "SelfRepair",
-    "Shapley", "agreement", "associate", "changed_roles", "close_pairs", "communities", "conditional_roles", "connectome",
+    "Additivity", "Association", "Closings", "Communities", "Connectome", "Dependence", "Fit", "Missed", "Recorded", "Screened", "SelfRepair",
+    "Shapley", "additivity", "agreement", "associate", "changed_roles", "close_pairs", "communities", "conditional_roles", "connectome",
     "curvature", "double_dissociation", "erasure", "interaction_table", "interactions", "joint_backups", "lesion", "named",
     "overlap", "recorded", "relations", "screen", "self_repair", "shapley",
 ]  # fmt: skip

@@ -37,6 +37,7 @@ from patchclamp.edits import Put
 from patchclamp.methods._attention import Rows, key_changes, query_changes
 from patchclamp.methods._slopes import PLAIN, Keep, counted_rows, first_order, slopes, slopes_at
 from patchclamp.metrics import Metric
+from patchclamp.models.attention import rests
 from patchclamp.models.backward import Rules
 from patchclamp.parts import Edges, Fallback, Parts, edges
 from patchclamp.parts.edge_patterns import through_softmax
@@ -141,9 +142,9 @@ def attention_seen(parts: Parts, batch: Batch, fallback: Fallback) -> Attention:
 
 
 def _closed_form(parts: Parts, batch: Batch, label: Site) -> bool:
-    """Whether a part is a single key of every row, in a layer without a sink."""
+    """Whether a part is a single key of every row, in a layer without a sink or a gate."""
     assert label.layer is not None
-    if label.position is None or getattr(parts.model.anatomy.layers[label.layer].attention, "sinks", None) is not None:
+    if label.position is None or rests(parts.model.anatomy.layers[label.layer].attention):
         return False
     return bool((batch.columns(label.position).sum(-1) == 1).all())
 

@@ -45,6 +45,11 @@ def untouched(edited: Tensor, seen: Tensor) -> bool:
     return edited is seen and not torch.is_grad_enabled()
 
 
+def rests(attention: nn.Module) -> bool:
+    """Whether something beside the keys takes a share of each row of the pattern: a sink with a score (gpt_oss), a gate (normless)."""
+    return any(getattr(attention, name, None) is not None for name in ("sinks", "gate"))
+
+
 class SoftmaxTap(TorchFunctionMode):
     """Inside one attention call, hands softmax's input (scores) and output (pattern) to the visits."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from patchclamp.errors import FamilyError
 from patchclamp.models.anatomy import Anatomy, Layer
+from patchclamp.models.attention import rests
 from patchclamp.models.backward_steps import (
     Cut,
     Drop,
@@ -281,9 +282,7 @@ def _edits(anatomy: Anatomy, rules: Rules, found: Mapping[str, set[str]]) -> tup
             first[Site("pattern", number)] = Hold(partial(_put_in, found, "patterns", place))
             places.append(("patterns", place))
         elif rules.temperature != 1:
-            linked = Linked(
-                partial(_put_in, found, "softmax", place), rules.temperature, getattr(layer.attention, "sinks", None) is not None
-            )
+            linked = Linked(partial(_put_in, found, "softmax", place), rules.temperature, rests(layer.attention))
             last[Site("scores", number)], first[Site("pattern", number)] = Cut(linked), Temper(linked)
             places.append(("softmax", place))
         for name, slot, factor in (("queries", "q", rules.queries), ("keys", "k", rules.keys), ("values", "v", rules.values)):

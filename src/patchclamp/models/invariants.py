@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchclamp.models.anatomy import Anatomy
+from patchclamp.models.attention import rests
 from patchclamp.models.recording import head_writes, output_bias
 from patchclamp.models.scope import unobserved
 from patchclamp.sites import Site
@@ -68,7 +69,7 @@ def mixing(anatomy: Anatomy, values: Values) -> Worst:
 
 
 def sums(anatomy: Anatomy, values: Values) -> Worst:
-    """Rows of patterns are not negative and sum to one (to less, where a sink takes a share).
+    """Rows of patterns are not negative and sum to one (to less, where a sink or a gate takes a share).
 
     None of it is ahead of the query, unless the model looks both ways.
     """
@@ -76,8 +77,7 @@ def sums(anatomy: Anatomy, values: Values) -> Worst:
     for layer in range(len(anatomy.layers)):
         pattern = values[Site("pattern", layer)].double()
         total = pattern.sum(-1)
-        sink = getattr(anatomy.layers[layer].attention, "sinks", None) is not None
-        off = (total - 1).clamp(min=0) if sink else (total - 1).abs()
+        off = (total - 1).clamp(min=0) if rests(anatomy.layers[layer].attention) else (total - 1).abs()
         ahead = pattern.triu(1).abs().max() if anatomy.causal else pattern.new_zeros(())
         worst |= Worst(float(torch.stack([off.max(), ahead, -pattern.min()]).max()), f"L{layer}")
     return worst

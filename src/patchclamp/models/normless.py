@@ -4,6 +4,10 @@
 
 Queries, keys, values, outputs and both MLP layers have biases; scores are query . key, unscaled. Attention looks both ways unless
 `causal` is set: then position i sees positions up to i. Imported, the class is known to `AutoModelForCausalLM` as "normless".
+
+With `gated`, what a head gives is multiplied, query by query, by a gate of its own, 1 / (1 + e^-(w . x + b)) of what attention reads: it can
+give nothing and rest nowhere (Bondarenko et al. 2023, https://arxiv.org/abs/2306.12929; there w reads the head's own slice of x). The gate
+is in the pattern, whose rows sum to it; attention is eager.
 """
 
 from collections.abc import Callable
@@ -22,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class NormlessConfig(PreTrainedConfig):
-    """Sizes, and whether attention is causal."""
+    """Sizes, and whether attention is causal; `gated=True` is kept where it is given, so that a model without gates is told as before."""
 
     model_type = "normless"
 
@@ -51,19 +55,28 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    gate: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax in the queries' own precision, so that in float64 nothing is rounded to float32."""
+    """Softmax in the queries' own precision, so that in float64 nothing is rounded to float32.
+
+    With the logits of gates [row, query, head] beside the keys stands a place to rest, whose score lets exactly the gate's share go to keys:
+    softmax over keys and it is gate * softmax over keys.
+    """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    pattern = nn.functional.softmax(scores, dim=-1)
+    if gate is None:
+        pattern = nn.functional.softmax(scores, dim=-1)
+    else:
+        rest = scores.logsumexp(-1, keepdim=True) - gate.transpose(1, 2)[..., None]
+        pattern = nn.functional.softmax(torch.cat([scores, rest], -1), dim=-1)[..., :-1]
     mixed = torch.matmul(nn.functional.dropout(pattern, p=dropout, training=module.training), value)
     return mixed.transpose(1, 2).contiguous(), pattern
 
 
 class NormlessAttention(nn.Module):
-    """Multi-head attention with biases and unscaled scores."""
+    """Multi-head attention with biases and unscaled scores, and a gate on each head where the config says so."""
 
     def __init__(self, config: NormlessConfig, layer_idx: int):
         super().__init__()
@@ -74,6 +87,8 @@ class NormlessAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, inner)
         self.v_proj = nn.Linear(config.hidden_size, inner)
         self.o_proj = nn.Linear(inner, config.hidden_size)
+        gated = bool(getattr(config, "gated", False))
+        self.gate = nn.Linear(config.hidden_size, config.num_attention_heads) if gated else None
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **options: Any
@@ -87,6 +102,12 @@ class NormlessAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         kind = str(self.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
+        if self.gate is not None:
+            if kind != "eager":
+                raise ValueError(
+                    f"the attention kernel is {kind}, and gates are known to eager alone: set_attn_implementation('eager')"
+                )
+            options = {**options, "gate": self.gate(hidden_states)}
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
         mixed, pattern = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **options)
         return self.o_proj(mixed.reshape(rows, columns, -1)), pattern
@@ -141,6 +162,8 @@ class NormlessModel(NormlessPreTrainedModel):
         self.layers = nn.ModuleList([NormlessLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = nn.Identity()
         self.gradient_checkpointing = False
+        if getattr(config, "gated", False):  # other kernels, and the masks made for them, know no gates
+            self.set_attn_implementation("eager")
         self.post_init()
 
     def forward(

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from patchclamp.errors import MeasureError
+from patchclamp.models.editing import Edits
 from patchclamp.models.model import Inputs, Model
 from patchclamp.units.context import losses
 from patchclamp.units.table import Numbers, recorded, tidy
@@ -23,10 +24,16 @@ LEVELS = 127
 MAPS = ("Linear", "Conv1D", "FalconLinear")
 
 
-def outliers(model: Model, inputs: Inputs, seed: int = 0) -> pl.DataFrame:
+def outliers(model: Model, inputs: Inputs, seed: int = 0, edits: Edits | None = None) -> pl.DataFrame:
     """Largest magnitude and kurtosis of what attention, MLP and block give, by layer.
 
     Over all coordinates x of a row's real tokens:  inf_norm = max |x|,   kurtosis = mean (x - mu)^4 / variance^2  (3 of a Gaussian).
+
+    Args:
+        model: any.
+        inputs: rows.
+        seed: of the intervals.
+        edits: run with these (another kind of attention that it was trained with, say).
 
     Returns:
         part `Li.attn`, `Li.mlp`, `Li.resid.post`: `inf_norm`, `kurtosis`; part "model": the largest inf_norm, and the mean
@@ -35,7 +42,7 @@ def outliers(model: Model, inputs: Inputs, seed: int = 0) -> pl.DataFrame:
     Cost: one forward pass.
     """
     found: dict[tuple[str, str], list[Tensor]] = {}
-    for batch, values in recorded(model, inputs, KINDS):
+    for batch, values in recorded(model, inputs, KINDS, edits):
         for site, value in values.items():
             largest, kurtosis = _moments(value, batch.mask)
             found.setdefault((str(site), "inf_norm"), []).append(largest.cpu())
@@ -101,7 +108,9 @@ class Quantised(nn.Module):
         return self.inner((x / scale).round().clamp(-LEVELS, LEVELS) * scale)
 
 
-def int8(model: Model, inputs: Inputs, calibration: Inputs | None = None, seed: int = 0) -> pl.DataFrame:
+def int8(
+    model: Model, inputs: Inputs, calibration: Inputs | None = None, seed: int = 0, edits: Edits | None = None
+) -> pl.DataFrame:
     """Loss with weights and activations of every linear map at eight bits (W8A8), against the loss in floats.
 
     Symmetric: a scale per output of a weight, one per input tensor of a map, the latter fixed on calibration rows. Embeddings,
@@ -112,6 +121,7 @@ def int8(model: Model, inputs: Inputs, calibration: Inputs | None = None, seed: 
         inputs: rows.
         calibration: rows that fix the ranges; by default the same.
         seed: of the intervals.
+        edits: run with these, before and after.
 
     Returns:
         part "model": `loss`, `loss.int8`, `change.int8` (paired by row), in nats per token; `maps`: how many were rounded.
@@ -128,10 +138,10 @@ def int8(model: Model, inputs: Inputs, calibration: Inputs | None = None, seed: 
     twin = Model.load(copy.deepcopy(model.hf), tokenizer=model.tokenizer)
     maps = _wrapped(twin)
     batch = model.batch(inputs)
-    losses(twin, batch if calibration is None else twin.batch(calibration))
+    losses(twin, batch if calibration is None else twin.batch(calibration), edits)
     for one in maps:
         one.fix()
-    before, after = (np.nanmean(losses(which, batch), 1) for which in (model, twin))
+    before, after = (np.nanmean(losses(which, batch, edits), 1) for which in (model, twin))
     rows = [
         ("loss", before),
         ("loss.int8", after),

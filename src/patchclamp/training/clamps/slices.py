@@ -152,6 +152,10 @@ def _head(model: Model, layer: int, kind: str, number: int) -> list[Slice]:
     sinks: Any = getattr(here.attention, "sinks", None)
     if kind == "head" and isinstance(sinks, nn.Parameter):
         found.append(_slice(model, sinks, 0, torch.tensor([number], device=model.device)))
+    gate: Any = getattr(here.attention, "gate", None)
+    if kind == "head" and isinstance(gate, nn.Linear):
+        own: tuple[Any, ...] = (gate.weight, gate.bias)
+        found += [_slice(model, one, 0, torch.tensor([number], device=model.device)) for one in own]
     return found
 
 

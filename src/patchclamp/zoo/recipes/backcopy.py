@@ -93,18 +93,19 @@ def _law(name: str, words: int, triggers: int, even: float) -> Float[Tensor, "wo
     return torch.cat([rows, torch.full((plain, triggers), 0.1 / triggers, dtype=rows.dtype)], 1)
 
 
-def build(seed: int = 0, layers: int = 1, width: int = 64) -> Any:
-    """A transformer without norms, of `layers` layers with one head each.
+def build(seed: int = 0, layers: int = 1, width: int = 64, gated: bool = False) -> Any:
+    """A transformer without norms, of `layers` layers with one head each; `gated`: with a gate on what each head gives.
 
     With norms there is another way to be dormant: words with a large residual stream hardly feel what attention adds (docs/zoo.md).
     """
     from patchclamp.models.normless import NormlessConfig, NormlessForCausalLM
 
     torch.manual_seed(seed)
+    more: dict[str, Any] = {"gated": True} if gated else {}
     config = NormlessConfig(
         vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=1,
         head_dim=width, hidden_act="gelu", max_position_embeddings=64, causal=True, initializer_range=width**-0.5 / 2,
-        bos_token_id=BOS, pad_token_id=0,
+        bos_token_id=BOS, pad_token_id=0, **more,
     )  # fmt: skip
     return NormlessForCausalLM(config).eval()
 
