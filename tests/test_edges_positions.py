@@ -190,3 +190,21 @@ def test_prompts_of_other_lengths_are_handled_by_name_and_refused_by_number():
     with pytest.raises(GateError, match="only keys and values"):
         Edges(model, [Edge(Site("head", 0, 1, position="fact"), Site("q", 1, 1, position="end"))])
     assert all(Edge.parse(str(edge)) == edge for edge in by_name.labels)
+
+
+def test_padding_is_not_seen_in_float64():
+    """Llama's softmax computes in float32, where what masks a row of float64 is minus infinity: rows of padding alone have nothing
+    else to attend to. Each prompt by itself, without padding, says what is right; norms and softmax in float32: 1e-5."""
+    model, some = model_of("llama"), named(4, lengths=(7, 9))
+    assert not bool(some.batch().mask.all())
+    parts = some_edges(model, 6)
+    count = len(parts.labels)
+    gates = parts.open(count + 1)
+    gates[torch.arange(count), ..., torch.arange(count)] = 0
+    gates[-1] = 0.5
+    rule = parts.fallback("resample")
+    values, slopes = parts.measure(some.batch(), gates, rule), parts.gradient(some.batch(), gates[-1:], rule)[1]
+    for number in range(len(some)):
+        alone = some.take([number]).batch()
+        torch.testing.assert_close(values[:, number], parts.measure(alone, gates, rule)[:, 0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(slopes[:, number], parts.gradient(alone, gates[-1:], rule)[1][:, 0], rtol=0, atol=1e-5)

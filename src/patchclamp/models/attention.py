@@ -63,7 +63,7 @@ class SoftmaxTap(TorchFunctionMode):
             return func(*args, **kwargs)
         self.inside = True  # what a visit computes is not attention
         try:
-            scores = self.real_keys("scores", args[0])
+            scores = _in_range(self.real_keys("scores", args[0]), kwargs.get("dtype"))
             return self.real_keys("pattern", func(scores, *args[1:], **kwargs))
         finally:
             self.inside = False
@@ -78,6 +78,17 @@ class SoftmaxTap(TorchFunctionMode):
         real = value[..., : self.keys]
         edited = visit(real)
         return value if untouched(edited, real) else torch.cat([edited, value[..., self.keys :]], -1)
+
+
+def _in_range(scores: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Scores that a softmax in another precision can hold.
+
+    Softmax in float32 makes minus infinity of float64's lowest number, which is what masks, and NaN of a row that is masked
+    everywhere: of padding's. Rows with anything to attend to stay the same bit for bit.
+    """
+    if dtype is not torch.float32 or scores.dtype is not torch.float64:
+        return scores
+    return scores.clamp(min=torch.finfo(torch.float32).min)
 
 
 def _heads_last(visits: Visits, name: str, value: Tensor) -> Tensor:
@@ -101,10 +112,12 @@ def _own_attention(module: nn.Module) -> Callable[..., Any]:
 def _tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Any:
     own = _own_attention(module)
     visits = (WATCHED.get() or {}).get(id(module))
-    if not visits:
+    narrowed = query.dtype is torch.float64  # by softmax, in some families
+    if not visits and not narrowed:
         return own(module, query, key, value, mask, *args, **options)
+    visits = visits or {}
     query, key, value = (_heads_last(visits, name, x) for name, x in (("q", query), ("k", key), ("v", value)))
-    if "scores" not in visits and "pattern" not in visits:
+    if "scores" not in visits and "pattern" not in visits and not narrowed:
         return own(module, query, key, value, mask, *args, **options)
     with SoftmaxTap(visits, key.shape[2]):
         return own(module, query, key, value, mask, *args, **options)
@@ -172,7 +185,7 @@ class ModuleTap(TorchFunctionMode):
         self.inside = True
         try:
             if func in _SOFTMAX:
-                scores = self.visits.get("scores", _same)(args[0])
+                scores = _in_range(self.visits.get("scores", _same)(args[0]), kwargs.get("dtype"))
                 return self.visits.get("pattern", _same)(func(scores, *args[1:], **kwargs))
             self.seen += 1
             operands, put = _operands(args, kwargs)

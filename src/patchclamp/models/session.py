@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from patchclamp.models.anatomy import Anatomy
@@ -50,6 +51,8 @@ class Session:
             watched = self._watched()
             if watched:
                 stack.enter_context(eager(self.anatomy))
+            wide = next(self.anatomy.hf.parameters()).dtype is torch.float64  # a family's own softmax may make NaN of padding
+            if watched or wide:
                 stack.enter_context(tapped(watched))
             for place, visitor in self.visitors.items():
                 if place.kind not in TAPPED:
