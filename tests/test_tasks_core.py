@@ -421,3 +421,13 @@ def test_listing_tasks_loads_no_torch() -> None:
     code += "print(sorted({'torch', 'transformers', 'polars'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     assert done.stdout.strip() == "[]"
+
+
+def test_token_ids_that_the_tokenizer_does_not_know_are_counted_as_such() -> None:
+    """Of a prompt of ids there is no word to name; the reason is told all the same."""
+    from patchclamp.zoo._compile import tokenizer
+
+    words = tokenizer(("<pad>", "<bos>", "<unk>", "a", "b"))
+    unknown = Task("unknown", "ids", lambda rng, tokenizer: iter([Pair((1, 2, 3), (4,))]))
+    with pytest.raises(TaskError, match="1 dropped: holds a word that the tokenizer does not know"):
+        unknown.examples(words, 1)

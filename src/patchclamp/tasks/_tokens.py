@@ -36,6 +36,8 @@ class Misfit(Exception):
 
 def ids_of(tokenizer: Tokenizer, texts: Sequence[str], special: bool = False) -> list[Tokens]:
     """Token ids of each text, without special tokens unless asked for."""
+    if not texts:  # tokenizers of transformers take no empty list
+        return []
     try:
         rows = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     except Exception as error:  # tokenizers raise a bare Exception at a character they do not have
