@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -14,9 +15,10 @@ from patchclamp.errors import ModelError, TaskError
 from patchclamp.models.doctor import examine
 from patchclamp.models.model import Model
 from patchclamp.tasks import Pair, load_task
-from patchclamp.zoo.compiled import Compiled, build
-from patchclamp.zoo.compiled.truth import run
-from patchclamp.zoo.compiled.weights import SCALE
+from patchclamp.zoo.compiled import Compiled, build, programs
+from patchclamp.zoo.compiled.rasp import INDICES
+from patchclamp.zoo.compiled.truth import run, truth_of
+from patchclamp.zoo.compiled.weights import SCALE, compile_program
 
 EXACT = 1e-9  # float64 on multiples of 10 (or of shares): e^-50 leaks from every unselected position
 ROUNDING = 1e-4  # float32
@@ -158,3 +160,21 @@ def test_unknown_programs_are_refused() -> None:
         load_task("zoo/small")
     with pytest.raises(TaskError, match="no option"):
         load_task("zoo/hist", width=3)
+
+
+def test_brackets_with_one_map_for_two_have_the_edges_that_tracr_counts() -> None:
+    """Tracr makes one map of a map of a map; then nothing leads from the third MLP to the fourth. On 7 random brackets, which are
+    never balanced, 14 edges are live under zero, with one map or with two."""
+    balance, every = programs.pair_balance(), programs.select(INDICES, INDICES, lambda key, query: True)
+    anywhere = programs.aggregated(every, programs.mapped(lambda x: x < 0, balance, numerical=True))
+    last = programs.select(INDICES, programs.mapped(lambda n: n - 1, programs.length()), lambda key, query: key == query)
+    closed = programs.aggregated(last, programs.mapped(lambda x: x == 0, balance))
+    output = programs.zipped(lambda a, b: a and b, closed, programs.mapped(lambda share: share == 0, anywhere))
+    two = programs.PROGRAMS["shuffle_dyck"]
+    for program, structural in ((replace(two, output=output), 29), (two, 30)):
+        blueprint = compile_program(program)
+        ids = [blueprint.vocabulary.index(word) for word in ("<bos>", "(", ")")]
+        drawn = np.random.default_rng(0).choice(ids[1:], (2, 16, 7))
+        clean, corrupt = (np.hstack([np.full((16, 1), ids[0]), rows]) for rows in drawn)
+        found = truth_of(blueprint, clean, corrupt)
+        assert (len(found.structural), len(found.zero), len(found.resample)) == (structural, 14, 4)
