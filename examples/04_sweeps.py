@@ -1,7 +1,5 @@
 """Any site can have a gate, so one function does every sweep; each setting runs from where it first differs."""
 
-# long: the functions have tests of their own; this runs them as a program
-
 import patchclamp as pc
 
 model, task = pc.Model.load("zoo/small"), pc.load_task("ioi")

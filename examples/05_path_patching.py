@@ -1,7 +1,5 @@
 """Edges: what one part writes, as one other part reads it. Slopes screen all of them, closed gates and path patching confirm."""
 
-# long: the functions have tests of their own; this runs them as a program
-
 import patchclamp as pc
 
 model, task = pc.Model.load("zoo/small"), pc.load_task("ioi")

@@ -1,7 +1,5 @@
 """Two parts at once: what closing both does beyond closing each, named where it holds under two fallbacks."""
 
-# long: the functions have tests of their own; this runs them as a program
-
 import patchclamp as pc
 from patchclamp.dependence import close_pairs, interaction_table, named, relations
 

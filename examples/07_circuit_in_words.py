@@ -1,7 +1,5 @@
 """A circuit in words: how the shipped model tells the indirect object, claim by claim, each with the intervention that could refute it."""
 
-# long: the functions have tests of their own; this runs them as a program
-
 import torch
 
 import patchclamp as pc

@@ -140,9 +140,13 @@ def test_python_in_the_readme_is_an_example() -> None:
         assert (ROOT / name).is_file(), f"README.md names {name}, which does not exist"
 
 
+TESTED = ("04_sweeps", "05_path_patching", "06_relations", "07_circuit_in_words")
+"""Examples whose functions have tests of their own beside: as programs they run with the long tests."""
+
+
 def is_long(example: Path) -> bool:
     """A line that begins with `# long` says so (and why)."""
-    return re.search(r"^# long\b", example.read_text(), re.M) is not None
+    return example.stem in TESTED or re.search(r"^# long\b", example.read_text(), re.M) is not None
 
 
 @pytest.mark.parametrize(
