@@ -15,6 +15,7 @@ from patchclamp.cli import (
     look,
     patching,
     questions,
+    read,
     relate,
     reproduce,
     sweep,
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 questions.add(app)
 patching.add(app)
+read.add(app)
 relate.add(app)
 sweep.add(app)
 train.add(app)

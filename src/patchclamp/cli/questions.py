@@ -69,7 +69,12 @@ Methods = Annotated[
     str | None, typer.Option("--methods", help="Those to put side by side, with commas between: gradient,inputs,relevance.")
 ]
 Search = Annotated[
-    str | None, typer.Option("--search", help="Of the circuit: threshold (by effect), acdc, greedy. [default: threshold]")
+    str | None,
+    typer.Option(
+        "--search",
+        help="Of the circuit: threshold (by effect), acdc, greedy, masks (learned gates), codes (of heads, from a few pairs), path (of "
+        "neurons, one a layer). [default: threshold]",
+    ),
 ]
 Threshold = Annotated[
     float | None,
@@ -77,6 +82,11 @@ Threshold = Annotated[
         "--threshold", help="acdc: what a part must be worth to stay, in nats or units of --metric. [default: 1% of the whole]"
     ),
 ]
+Sparsity = Annotated[float | None, typer.Option("--sparsity", help="masks: the share of parts that they close. [default: 0.9]")]
+MaskPrice = Annotated[
+    float | None, typer.Option("--mask-price", help="masks: what open gates cost instead, in units of the objective.")
+]
+Updates = Annotated[int | None, typer.Option("--updates", help="masks: steps of their descent. [default: 200]")]
 Budget = Annotated[str | None, typer.Option(help="Of the learned gates: default, code (the authors' code), paper (its text).")]
 Pressure = Annotated[float | None, typer.Option("--lambda", help="Pressure on the gates; by default the budget's.")]
 Faithfulness = Annotated[float | None, typer.Option(help="What the circuit is to keep. [default: 0.85]")]
@@ -118,7 +128,7 @@ CHOICES = {
     "budget": ("default", "code", "paper"),
     "dynamic": ("phase", "example", "token"),
     "parts": ("nodes", "edges", "neurons"),
-    "search": ("threshold", "acdc", "greedy"),
+    "search": ("threshold", "acdc", "greedy", "masks", "codes", "path"),
 }
 
 
@@ -255,6 +265,7 @@ OWN = {
     "methods": ("localise",),
     "tied": ("map", "gate", "attribute", "verify", "discover", "trust"),
     "search": ("map", "discover", "trust"), "threshold": ("map", "discover", "trust"),
+    "sparsity": ("map", "discover", "trust"), "mask_price": ("map", "discover", "trust"), "updates": ("map", "discover", "trust"),
 }  # fmt: skip
 """Options that not every command has."""
 
@@ -265,7 +276,7 @@ def _command(name: str, steps: tuple[str, ...] | None) -> Any:
         fallback: Fallback = None, second: Second = None, direction: Direction = None,
         routing: Routing = None, method: Method = None, tied: Tied = None, other: Other = None,
         other_revision: OtherRevision = None, parts: Parts = None, screen: Screen = None, methods: Methods = None, search: Search = None,
-        threshold: Threshold = None, budget: Budget = None,
+        threshold: Threshold = None, sparsity: Sparsity = None, mask_price: MaskPrice = None, updates: Updates = None, budget: Budget = None,
         pressure: Pressure = None, pairs_of: PairsOf = None, dynamic: Dynamic = None, sight: Sight = None, contrast: Contrast = None,
         keep: Keep = None, price: Price = None, solutions: Solutions = False, shapley: ShapleyOption = False,
         screen_pairs: ScreenPairs = False,
@@ -278,7 +289,7 @@ def _command(name: str, steps: tuple[str, ...] | None) -> Any:
                  "routing": routing, "method": method, "parts": parts,
                  "tied": None if tied is None else tuple(name.strip() for name in tied.split(",")), "screen": screen,
                  "compared": None if methods is None else tuple(name.strip() for name in methods.split(",")),
-                 "search": search, "threshold": threshold,
+                 "search": search, "threshold": threshold, "sparsity": sparsity, "mask_price": mask_price, "updates": updates,
                  "budget": budget, "pressure": pressure, "faithfulness": faithfulness, "min_accuracy": min_accuracy,
                  "random_circuits": random_circuits, "pairs_of": pairs_of, "dynamic": dynamic, "sight": sight, "contrast": contrast,
                  "keep": tuple(keep) if keep else None, "prices": tuple(price) if price else None,

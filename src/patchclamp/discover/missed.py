@@ -12,6 +12,9 @@ Two statements, of which the first assumes nothing but that the sample was drawn
 
 The second follows the calibration of the screen: where exact effects keep to a multiple of it (e small), what has a small screen is
 known to be small; where the screen says nothing, B is as large as the effects themselves, and nothing is spared.
+
+Without such an assumption there is no bound on sizes: one large effect among many is in no sample that does not draw it, and inequalities
+for means (Hoeffding, empirical Bernstein) need a range, which effects have not. The first is then all there is, and it counts.
 """
 
 from collections.abc import Sequence
@@ -61,7 +64,8 @@ class Missed:
         size = (
             f"none is larger than {self.size:.3g}, if the screen's errors are relative with the tail that these show (index {self.tail:.2f})"
             if np.isfinite(self.size)
-            else f"how large they are is not bounded: the tail of the screen's errors is too heavy for that (index {self.tail:.2f})"
+            else "that bounds how many were missed, not how large they are, which no draw says by itself, and the tail of the screen's "
+            f"errors is too heavy to say it (index {self.tail:.2f})"
         )
         return (
             f"at {self.confidence:.1%} confidence at most {self.count} of the {self.left} parts left out have a larger effect than "

@@ -31,6 +31,8 @@ from patchclamp.tasks import Examples
 
 CANDIDATES = 16
 """Neurons of a layer, those of largest slope, whose joint influence is measured."""
+DRAWS = 50
+"""Random paths."""
 DOUBLE = 2.0
 """The gate of an enhanced neuron."""
 
@@ -63,7 +65,7 @@ def neuron_path(
     *,
     width: int = 1,
     candidates: int = CANDIDATES,
-    draws: int = 50,
+    draws: int = DRAWS,
     metric: str | None = None,
     seed: int = 0,
     batch_size: int = 64,

@@ -20,7 +20,7 @@ from patchclamp.models.model import Model
 from patchclamp.scores import Scores
 from patchclamp.store import Run, Watch
 from patchclamp.store.record import Claim, Record
-from patchclamp.study import located, relate, steps
+from patchclamp.study import located, relate, searches, steps
 from patchclamp.study import record as records
 from patchclamp.study.asked import told
 from patchclamp.study.claims import Found, claims, headline
@@ -40,6 +40,9 @@ FINISHED = {
     "discover": "discover",
     "acdc": "discover",
     "greedy": "discover",
+    "masks": "discover",
+    "codes": "discover",
+    "path": "discover",
     "screened": "attribute",
     "localised": "localise",
     "trust": "trust",
@@ -136,6 +139,8 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
         raise PatchclampError(
             f"{sorted(whole)[0]} is of heads and MLPs, and a mixture of parts was asked for ({', '.join(work.plan.tied)}): leave --tied out"
         )
+    if {"discover", "trust"} & set(do):
+        searches.check(work)
     if "localise" in do:
         work.found["localisation"] = localise(work)
         do -= {"localise"}
@@ -205,12 +210,13 @@ def _discover(work: Work) -> None:
     sites = [work.parts.labels[number] for number in work.parts.counted]
     about = {"method": "exact", "metric": work.metric, "fallback": work.fallback.kind, "seed": plan.seed}
     scores = Scores.from_samples(sites, samples.double().numpy(), about, groups=groups_of(split.select), seed=plan.seed)
-    work.found |= {"selected": scores, **located.searched(work, work.parts, split.select, work.fallback, scores)}
+    work.found |= {"selected": scores, **searches.searched(work, work.parts, split.select, work.fallback, scores)}
 
 
 def _trust(work: Work) -> None:
     """The circuit on the confirm set, against random circuits of its size and shape."""
     plan, found, confirm = work.plan, work.found, work.split.confirm
+    searches.require(found)
     resampled = resampled_circuits(
         found["selected"], found["samples"], len(found["circuit"]), groups_of(work.split.select), seed=plan.seed
     )
@@ -267,7 +273,7 @@ def _finish(work: Work) -> Study:
         trust=None if trusted is None else records.trust_of(trusted),
         examples=run.step("prompts", steps.prompts, model, confirm, work.metric),
         patterns=run.step("patterns-all" if top else "patterns-none", steps.patterns, model, confirm, top),
-        claims=(*claims(summary), *located.sentences(many or found, summary.scope)),
+        claims=(*claims(summary), *located.sentences(many or found.get("findings", ()), summary.scope)),
         warnings=tuple([*work.warnings, *(() if roles is None else roles.warnings)]),
         relations=found.get("relations"),
         dynamics=found.get("dynamics"),

@@ -1,19 +1,16 @@
 """Edges and neurons: many parts, of which a screen finds those worth an exact effect; circuits searched among them, and judged.
 
-What `attribute`, `discover` and `trust` do where parts are not heads and MLPs (`--parts`), and every search but the threshold.
+What `attribute`, `discover` and `trust` do where parts are not heads and MLPs (`--parts`).
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 
 from patchclamp.circuit import Circuit
-from patchclamp.discover import discover
-from patchclamp.discover.acdc import Acdc, acdc
 from patchclamp.discover.evaluation import group_of
-from patchclamp.discover.greedy import greedy
 from patchclamp.discover.screen import Screened, screened
 from patchclamp.discover.threshold import ranked
 from patchclamp.errors import PatchclampError
@@ -21,10 +18,10 @@ from patchclamp.methods import Direction, groups_of
 from patchclamp.models.memory import budget
 from patchclamp.models.model import Model
 from patchclamp.parts import Fallback, Parts, edges, gated
-from patchclamp.scores import Scores
 from patchclamp.store.record import Claim
 from patchclamp.store.sections import Localisation
 from patchclamp.study.plan import Plan
+from patchclamp.study.searches import searched
 from patchclamp.study.work import Work
 from patchclamp.tasks import Examples
 from patchclamp.trust import Trusted, trust
@@ -32,10 +29,6 @@ from patchclamp.trust import Trusted, trust
 DOES = ("attribute", "discover", "trust")
 """What is done with edges and neurons."""
 NAMES = {"edges": "edges", "neurons": "neurons"}
-CANDIDATES = 60
-"""Parts, those that the screen ranks first, among which a greedy search looks."""
-STABLE = 0.8
-"""Mean overlap of the circuits of several orders from which on one is said not to depend on the order."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +40,7 @@ class Located:
         of: how many there are.
         shown: what a screen found on prompts that choose nothing; None where no scores were asked for.
         circuit: the circuit; None where none was asked for.
-        search: what found it: threshold, acdc, greedy.
-        orders: of ACDC, the overlap of its orders' circuits and in words what was left.
+        findings: what is said of the search.
         trusted: the circuit on unseen prompts.
     """
 
@@ -56,8 +48,7 @@ class Located:
     of: int
     shown: Screened | None = None
     circuit: Circuit | None = None
-    search: str = "threshold"
-    orders: tuple[float, str] | None = None
+    findings: tuple[Claim, ...] = ()
     trusted: Trusted | None = None
 
 
@@ -86,14 +77,14 @@ def locate(work: Work, do: Collection[str], parts: Parts) -> Located:
     """Screen and verify on the confirm set what is to be told; screen, search and judge where a circuit is wanted."""
     plan, split = work.plan, work.split
     fallback = parts.fallback(work.kind, fit=split.fit)
-    found: dict[str, Any] = {"parts": NAMES[plan.parts], "of": len(parts.counted), "search": plan.search}
+    found: dict[str, Any] = {"parts": NAMES[plan.parts], "of": len(parts.counted)}
     direction: Direction = plan.direction if fallback.kind == "resample" else "noising"
     if "attribute" in do:
         found["shown"] = _screened(work, "screened", parts, split.confirm, fallback, direction)
     if {"discover", "trust"} & set(do):
         chosen = _screened(work, "screened-select", parts, split.select, fallback, "noising")
         found |= searched(work, parts, split.select, fallback, chosen.ranking)
-        circuit: Circuit = found["circuit"]
+        circuit: Circuit = found["circuit"]  # of edges and neurons every search finds one
         found["circuit"] = Circuit(circuit, {**circuit.about, "group": group_of(parts)})  # so that it can be drawn
         if "trust" in do:
             found["trusted"] = work.run.step(
@@ -110,36 +101,6 @@ def _screened(work: Work, name: str, parts: Parts, examples: Examples, fallback:
         name, screened, parts, examples, fallback, plan.screen, metric=work.metric, direction=direction, seed=plan.seed,
         progress=work.progress("exact effects of what the screen ranks first"),
     )  # fmt: skip
-
-
-def searched(work: Work, parts: Parts, select: Examples, fallback: Fallback, ranking: Scores) -> dict[str, Any]:
-    """The circuit, by the plan's search: what there is to keep of it."""
-    plan, run = work.plan, work.run
-    if plan.search == "threshold":
-        circuit, _ = run.step(
-            "discover",
-            discover,
-            parts,
-            select,
-            fallback,
-            ranking,
-            faithfulness=plan.faithfulness,
-            by=plan.order,
-            metric=work.metric,
-        )
-        return {"circuit": circuit}
-    if plan.search == "greedy":
-        among = ranked(ranking, plan.order)[:CANDIDATES]
-        grown = run.step(
-            "greedy", greedy, parts, select, fallback, faithfulness=plan.faithfulness, among=among, metric=work.metric,
-            progress=work.progress("greedy search"),
-        )  # fmt: skip
-        return {"circuit": grown.circuit}
-    found: Acdc = run.step(
-        "acdc", acdc, parts, select, fallback, plan.threshold, objective=plan.metric or "kl",
-        progress=work.progress("parts closed one after the other"),
-    )  # fmt: skip
-    return {"circuit": found.circuit, "orders": None if found.stability is None else (found.stability, str(found))}
 
 
 def localisation(found: Located, n: int, judged: int) -> Localisation:
@@ -181,29 +142,35 @@ def _empty(*columns: str) -> pl.DataFrame:
     return pl.DataFrame(schema={name: pl.String if name in ("site", "method") else pl.Float64 for name in columns})
 
 
-def sentences(found: Located | Mapping[str, Any], scope: str) -> list[Claim]:
-    """What is said besides the circuit: that nothing larger was missed, and that the order of visits does not matter."""
-    made: list[Claim] = []
-    shown, orders = (found.shown, found.orders) if isinstance(found, Located) else (None, found.get("orders"))
-    if isinstance(found, Located) and shown is not None:
-        made.append(
-            Claim(
-                f"Every one of {found.of} {found.parts} whose effect is above {shown.goal:.3g} was measured by itself",
-                scope,
-                str(shown),
-                f"close {found.parts} that were not measured, one by one, and find a larger effect than {shown.goal:.3g}",
-                "not supported" if shown.stopped == "budget" else "supported",
-            )
-        )
-    if orders is not None:
-        overlap, told = orders
-        made.append(
-            Claim(
-                "The circuit does not depend on the order in which parts were visited",
-                scope,
-                told,
-                "visit the parts in another order and find another circuit",
-                "supported" if overlap >= STABLE else "not supported",
-            )
-        )
-    return made
+def sentences(found: Located | Sequence[Claim], scope: str) -> list[Claim]:
+    """What is said besides the circuit: that nothing larger was missed, and what the search says of itself."""
+    findings = found.findings if isinstance(found, Located) else found
+    made = [replace(claim, scope=scope) for claim in findings]
+    shown = found.shown if isinstance(found, Located) else None
+    if shown is None or not isinstance(found, Located):
+        return made
+    measured = Claim(
+        f"Every one of {found.of} {found.parts} whose effect is above {shown.goal:.3g} was measured by itself",
+        scope,
+        str(shown),
+        f"close {found.parts} that were not measured, one by one, and find a larger effect than {shown.goal:.3g}",
+        "not supported" if shown.stopped == "budget" else "supported",
+    )
+    return [
+        measured,
+        *([counted(found.parts, shown, scope)] if shown.stopped == "budget" and shown.missed.sampled else []),
+        *made,
+    ]
+
+
+def counted(parts: str, shown: Screened, scope: str) -> Claim:
+    """What stands where sizes are not bounded: how many may have been missed."""
+    missed = shown.missed
+    return Claim(
+        f"At most {missed.count} of the {missed.left} {parts} that were not measured have a larger effect than {missed.largest:.3g}",
+        scope,
+        f"none of {missed.sampled} drawn at random among those that the screen put behind has, at {missed.confidence:.1%} confidence "
+        "(hypergeometric); a bound of how many, not of how large",
+        f"close {parts} that were not measured, one by one, and find {missed.count + 1} above {missed.largest:.3g}",
+        "supported",
+    )

@@ -20,7 +20,7 @@ EXTRA = ("relate", "dynamic", "contrast", "localise", "sets", "solutions")
 FEWEST = 16  # prompts: four to confirm on
 Budget = Literal["default", "code", "paper"]
 Kind = Literal["nodes", "edges", "neurons"]
-Search = Literal["threshold", "acdc", "greedy"]
+Search = Literal["threshold", "acdc", "greedy", "masks", "codes", "path"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Plan:
             (`L*.kv*`), heads, MLPs, experts (`L*.mlp.e*`), neurons (`L3.mlp.n*`), single positions (`L9.h6@-1`); see `parts.tied`.
         screen: the method that ranks edges or neurons first.
         compared: methods that `localise` puts side by side; by default `study.localise.METHODS`.
-        search: of the circuit: threshold (parts in order of their effects), acdc, or greedy.
+        search: of the circuit: threshold (parts in order of their effects), acdc, greedy, masks (gates learned by descent), codes (of
+            heads, from a few pairs) or path (of neurons, one a layer); see `study.searches`.
         threshold: of acdc, what a part must be worth to stay; by default a hundredth of what closing everything takes.
+        sparsity: of masks, the share of parts that they are to close; by default .9.
+        mask_price: of masks, what an open gate costs, instead of a sparsity.
+        updates: of masks, steps of their descent; by default 200.
         budget: of the learned gates: default, code (the authors' code), paper (its text).
         pressure: lambda of the learned gates; by default the budget's.
         faithfulness: what the circuit is to keep.
@@ -76,6 +80,9 @@ class Plan:
     compared: tuple[str, ...] = ()
     search: Search = "threshold"
     threshold: float | None = None
+    sparsity: float | None = None
+    mask_price: float | None = None
+    updates: int | None = None
     budget: Budget = "default"
     pressure: float | None = None
     faithfulness: float = 0.85
@@ -115,10 +122,7 @@ class Plan:
         if self.screen == "exact" or self.screen not in method_names():
             others = ", ".join(name for name in method_names() if name != "exact")
             raise PatchclampError(f"a screen by {self.screen!r} was asked for: choose from {others}")
-        if self.threshold is not None and (self.search != "acdc" or not self.threshold > 0):
-            raise PatchclampError(
-                f"a threshold of {self.threshold} and the search {self.search!r} were asked for: a threshold is above 0, and of acdc"
-            )
+        self._check_search()
         for name in ("fallback", "second"):
             kind = getattr(self, name)
             if kind is not None and kind.partition(":")[0] not in (*FALLBACKS, "model"):
@@ -139,6 +143,31 @@ class Plan:
             raise PatchclampError(f"pairs of {self.pairs_of} parts were asked for: choose 2 or more")
         if self.random_circuits < 1:
             raise PatchclampError(f"{self.random_circuits} random circuits were asked for: choose at least 1")
+
+    def _check_search(self) -> None:
+        if self.threshold is not None and (self.search != "acdc" or not self.threshold > 0):
+            raise PatchclampError(
+                f"a threshold of {self.threshold} and the search {self.search!r} were asked for: a threshold is above 0, and of acdc"
+            )
+        asked = [name for name in ("sparsity", "mask_price", "updates") if getattr(self, name) is not None]
+        if asked and self.search != "masks":
+            raise PatchclampError(f"{asked[0]} is of learned masks, and the search {self.search!r} was asked for: --search masks")
+        if self.sparsity is not None and self.mask_price is not None:
+            raise PatchclampError(
+                f"a sparsity of {self.sparsity} and a price of {self.mask_price} were asked for: a mask is learned to one of the two"
+            )
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise PatchclampError(f"a sparsity of {self.sparsity} was asked for: choose a share between 0 and 1, such as 0.95")
+        if self.mask_price is not None and not self.mask_price > 0:
+            raise PatchclampError(f"a price of {self.mask_price} was asked for: choose a number above 0")
+        if self.updates is not None and self.updates < 1:
+            raise PatchclampError(f"{self.updates} updates were asked for: choose 1 or more")
+        if self.search == "codes" and (self.parts != "nodes" or self.tied):
+            raise PatchclampError(
+                f"codes are of heads, and {'a mixture' if self.tied else self.parts} was asked for: leave it out"
+            )
+        if self.search == "path" and self.parts != "neurons":
+            raise PatchclampError(f"a path is of neurons, and {self.parts} were asked for: --parts neurons")
 
     def _check_parts(self) -> None:
         if any(not pattern.strip() for pattern in self.tied):

@@ -9,13 +9,16 @@ from dataclasses import replace
 
 from patchclamp.discover import sizes_of
 from patchclamp.discover.acdc import ALL, FEWEST
+from patchclamp.discover.neuron_paths import CANDIDATES as NEURONS
+from patchclamp.discover.neuron_paths import DRAWS
 from patchclamp.discover.order import stage
 from patchclamp.discover.screen import planned
 from patchclamp.methods import passes_of
 from patchclamp.parts import Parts
 from patchclamp.study.cost.job import Job, Line, line, total
 from patchclamp.study.cost.work import Amount, Shape
-from patchclamp.study.located import CANDIDATES, parts_of
+from patchclamp.study.located import parts_of
+from patchclamp.study.searches import CANDIDATES, PAIRS, SEEDS, mask_settings
 from patchclamp.tasks import Examples
 from patchclamp.trust import band_sizes, curve_sizes
 
@@ -59,9 +62,37 @@ def search(job: Job, parts: Parts) -> Line:
     if job.plan.search == "greedy":
         few = min(CANDIDATES, count)
         return _line(job, "greedy", "greedy search", select, few * (few + 1) // 4, few * (few + 1) // 2)
+    if job.plan.search == "masks":
+        return _masks(job)
+    if job.plan.search == "codes":
+        shapes = job.shapes(select.take(range(min(PAIRS, len(select)))))
+        twice = total(Amount(plain_calls=2.0, plain=2.0 * shape.prompts) for shape in shapes)
+        return line(job, "codes", "codes of heads", shapes, 1, twice)
+    if job.plan.search == "path":
+        return _path(job)
     visits = len(ALL) * count
     # edges that no longer lead to the logits are spared; of each group that runs together all but one may be thrown away
     return _line(job, "acdc", "parts closed one after the other", select, visits // 2, visits * FEWEST, _late(job, parts))
+
+
+def _masks(job: Job) -> Line:
+    """A forward and a backward pass over a batch per update of each mask."""
+    settings = mask_settings(job.plan.seed, job.plan.updates)
+    few = job.split.select.take(range(min(settings.batch, len(job.split.select))))
+    shapes, runs = job.shapes(few), SEEDS * settings.updates
+    amount = total(Amount(sloped_calls=float(runs), sloped=float(runs * shape.prompts)) for shape in shapes)
+    return line(job, "masks", "masks learned", shapes, runs, amount, folded=1, backward=True)
+
+
+def _path(job: Job) -> Line:
+    """Per layer, slopes and the closing of each candidate; by itself, the slopes and activations of all; then the comparisons."""
+    layers, shapes = job.model.layers, job.shapes(job.split.select)
+    chosen = [_amount(shape, layers * (NEURONS + 1) + 2 * (DRAWS + 3) + 1, 1.0) for shape in shapes]
+    slopes = [Amount(sloped_calls=layers + 1.0, sloped=(layers + 1.0) * shape.prompts) for shape in shapes]
+    return line(
+        job, "path", "neurons chosen layer by layer", shapes, layers * (NEURONS + 1), total([*chosen, *slopes]), folded=NEURONS + 1,
+        backward=True,
+    )  # fmt: skip
 
 
 def _late(job: Job, parts: Parts) -> float:
