@@ -1,8 +1,11 @@
 """Names and files of other tools: against what their own code would count and call, there and back."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from patchclamp.circuit import Circuit
 from patchclamp.errors import PatchclampError, SiteError
@@ -144,6 +147,85 @@ def test_scores_and_circuits_go_there_and_back(tmp_path):
     assert back.scores is not None and back.scores.values().tolist() == [1.0, -1.0] and back.circuit == Circuit(["L0.h1"])
 
 
+def matrices(body: dict[str, Any]) -> dict[str, Any]:
+    """A graph file's body in the published form of tensors, written out here: rows are sources in order, columns what reads."""
+    layers, heads = body["cfg"]["n_layers"], body["cfg"]["n_heads"]
+    sources = [
+        "input",
+        *(name for layer in range(layers) for name in (*(f"a{layer}.h{head}" for head in range(heads)), f"m{layer}")),
+    ]
+    readers = [
+        *(
+            name
+            for layer in range(layers)
+            for name in (*(f"a{layer}.h{head}<{slot}>" for slot in "qkv" for head in range(heads)), f"m{layer}")
+        ),
+        "logits",
+    ]
+    scores, inside = torch.zeros(len(sources), len(readers)), torch.zeros(len(sources), len(readers), dtype=torch.bool)
+    for name, row in body["edges"].items():
+        source, _, reader = name.partition("->")
+        scores[sources.index(source), readers.index(reader)] = row["score"]
+        inside[sources.index(source), readers.index(reader)] = row["in_graph"]
+    kept = torch.tensor([body["nodes"][name]["in_graph"] for name in sources])
+    return {"cfg": dict(body["cfg"]), "src_nodes": sources, "dst_nodes": readers, "edges_scores": scores, "edges_in_graph": inside,
+            "nodes_in_graph": kept}  # fmt: skip
+
+
+def test_a_file_of_tensors_is_read_as_its_json_is(tmp_path: Path):
+    labels = sorted({edge_of(name, SHARED) for name in edge_names(SHARED)})
+    scores, circuit = Scores.of(labels, [0.5 * number - 7 for number in range(len(labels))], {}), Circuit(labels[3:40:4])
+    body = to_graph(SHARED, scores, circuit)
+    torch.save(matrices(body), tmp_path / "one.pt")
+    again, plain = load_graph(tmp_path / "one.pt", kv_heads=2), load_graph(save_graph(tmp_path / "one.json", body), kv_heads=2)
+    assert again.sizes == plain.sizes and again.circuit == plain.circuit == circuit
+    assert again.scores is not None and plain.scores is not None and again.scores.sites == plain.scores.sites
+    assert again.scores.values().tolist() == pytest.approx(plain.scores.values().tolist())  # their tensors are float32
+    (tmp_path / "ioi_tiny").mkdir()
+    torch.save(matrices(to_graph(SHARED, scores)), tmp_path / "ioi_tiny" / "importances.pt")
+    cell = read_submission(tmp_path / "ioi_tiny", kv_heads=2)
+    assert cell.circuits is None and cell.scores is not None and cell.scores.sites == scores.sites
+
+
+def test_scores_of_nodes_are_read_beside_edges_that_have_none(tmp_path: Path):
+    """As published: every edge is there with 0, and a node without a score has NaN."""
+    body = matrices(to_graph(SHARED, None, Circuit(["L0.h1>logits"])))
+    body["edges_in_graph"][:] = False
+    scores = torch.full((len(body["src_nodes"]),), torch.nan)
+    scores[body["src_nodes"].index("m0")], scores[body["src_nodes"].index("a1.h2")] = 0.5, -2.0
+    torch.save(body | {"nodes_scores": scores}, tmp_path / "nodes.pt")
+    found = load_graph(tmp_path / "nodes.pt")
+    assert found.scores is not None
+    assert dict(zip(map(str, found.scores.sites), found.scores.values().tolist(), strict=True)) == {"L0.mlp": 0.5, "L1.h2": -2.0}
+
+
+class Runs:
+    """What a pickle can do: call something when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_file_of_tensors_is_run(tmp_path: Path):
+    body = matrices(to_graph(SHARED, None, Circuit(["L0.h1>logits"])))
+    torch.save({**body, "more": Runs(tmp_path / "ran")}, tmp_path / "bad.pt")
+    with pytest.raises(PatchclampError, match="nothing is run"):
+        load_graph(tmp_path / "bad.pt")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "text.pt").write_text("no tensors")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({name: value for name, value in body.items() if name != "cfg"}, tmp_path / "cfg.pt")
+    torch.save({**body, "edges_scores": body["edges_scores"][1:]}, tmp_path / "short.pt")
+    torch.save({**body, "dst_nodes": ["m0", *body["dst_nodes"][1:]]}, tmp_path / "names.pt")
+    for name, why in (("text", "cannot be read"), ("list", "holds a list"), ("cfg", "no cfg"), ("short", "edges_scores is to be"),
+                      ("names", "leave out")):  # fmt: skip
+        with pytest.raises(PatchclampError, match=why):
+            load_graph(tmp_path / f"{name}.pt")
+
+
 def test_graph_files_that_are_none_are_refused(tmp_path):
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text("[1]")
@@ -151,7 +233,7 @@ def test_graph_files_that_are_none_are_refused(tmp_path):
         ("a.json", "cannot be read"),
         ("b.json", "no graph file"),
         ("c.json", "cannot be read"),
-        ("d.pt", "pickle"),
+        ("d.pt", "cannot be read"),
     ):
         with pytest.raises(PatchclampError, match=why):
             load_graph(tmp_path / name)
@@ -193,6 +275,6 @@ def test_a_submission_goes_there_and_back(tmp_path):
         write_submission(tmp_path / "x", sizes)
     assert not (tmp_path / "x").exists()
     save_graph(tmp_path / "gt_small" / "importances.json", to_graph(sizes, scores))
-    for folder, why in (("gt_small", "beside other files"), ("none", "no folder"), (".", "no .json file")):
+    for folder, why in (("gt_small", "beside other files"), ("none", "no folder"), (".", "no .json or .pt file")):
         with pytest.raises(PatchclampError, match=why):
             read_submission(tmp_path / folder)

@@ -1,12 +1,16 @@
-"""Graph files: scores and circuits as EAP-IG and the circuit-localisation benchmark write them, as JSON.
+"""Graph files: scores and circuits as EAP-IG and the circuit-localisation benchmark write them, as JSON or with tensors (`.pt`).
 
     {"cfg": {"n_layers", "n_heads", "parallel_attn_mlp", "d_model"},
      "nodes": {"a0.h1": {"in_graph": true, "score": 0.1}, ...},
      "edges": {"a0.h1->m0": {"score": 0.1, "in_graph": true}, ...}}
 
 A key/value head that several query heads read is one part here and several edges there: what is written gives each of them an
-equal share of the score, what is read adds them up. Only JSON is read: the other form (`.pt`) is a pickle, which could run
-anything.
+equal share of the score, what is read adds them up. What is written is JSON. The other form holds the same in matrices,
+
+    {"cfg", "src_nodes": [...], "dst_nodes": ["a0.h0<q>", ...], "edges_scores": [source, reader], "edges_in_graph",
+     "nodes_in_graph": [source], "nodes_scores": [source], where there are any; NaN: not scored}
+
+and is read by torch's reader of weights alone, which makes tensors, numbers, text and containers and refuses whatever would run.
 """
 
 import json
@@ -107,32 +111,25 @@ def from_graph(body: Mapping[str, Any], kv_heads: int | None = None) -> Graph:
         PatchclampError: it is no graph file; a score is no number.
         SiteError: a name that the model has not.
     """
-    config = body.get("cfg")
-    if not isinstance(config, Mapping) or not all(isinstance(body.get(name), Mapping) for name in ("nodes", "edges")):
+    if not all(isinstance(body.get(name), Mapping) for name in ("cfg", "nodes", "edges")):
         raise PatchclampError("a graph file has the fields cfg, nodes and edges, each a mapping: this has not")
-    missing = [name for name in ("n_layers", "n_heads", "d_model") if not isinstance(config.get(name), int)]
-    if missing:
-        raise PatchclampError(f"a graph file's cfg says {', '.join(missing)}: this one does not, or not as a whole number")
-    heads = int(config["n_heads"])
-    sizes = Sizes(
-        int(config["n_layers"]), heads, kv_heads or heads, int(config["d_model"]), bool(config.get("parallel_attn_mlp"))
-    )
-    values, inside = dict[Any, float](), set[Any]()
-    for name, row in body["edges"].items():
-        edge, (score, chosen) = edge_of(name, sizes), _row(name, row)
-        if score is not None:
-            values[edge] = values.get(edge, 0.0) + score
-        inside |= {edge} if chosen else set()
-    about = {"from": "graph file"}
-    if not body["edges"]:
-        for name, row in body["nodes"].items():
-            score, chosen = _row(name, row)
-            site = part_of(name, sizes)
-            if score is not None and site.kind not in ("embed", "logits"):
-                values[site] = score
-            inside |= {site} if chosen and site.kind not in ("embed", "logits") else set()
+    sizes = _sizes(body["cfg"], kv_heads)
+    edges = {name: _row(name, row) for name, row in body["edges"].items()}
+    nodes = {part_of(name, sizes): _row(name, row, unscored=True) for name, row in body["nodes"].items()}
+    parts = {site: row for site, row in nodes.items() if site.kind not in ("embed", "logits")}
+    values, inside, about = dict[Any, float](), set[Any](), {"from": "graph file"}
+    if of_nodes := not any(score for score, _ in edges.values()) and any(score is not None for score, _ in parts.values()):
+        values |= {site: score for site, (score, _) in parts.items() if score is not None}
+    if of_nodes or not edges:
+        inside = {site for site, (_, chosen) in parts.items() if chosen}
+    else:
+        for name, (score, chosen) in edges.items():
+            edge = edge_of(name, sizes)
+            if score is not None:
+                values[edge] = values.get(edge, 0.0) + score
+            inside |= {edge} if chosen else set()
     order = sorted(values, key=lambda part: part.key)
-    scored = bool(order) and (not body["edges"] or any(values.values()))
+    scored = of_nodes or any(values.values())
     return Graph(
         sizes,
         Scores.of(order, [values[part] for part in order], about) if scored else None,
@@ -140,10 +137,22 @@ def from_graph(body: Mapping[str, Any], kv_heads: int | None = None) -> Graph:
     )
 
 
-def _row(name: str, row: Any) -> tuple[float | None, bool]:
+def _sizes(config: Mapping[str, Any], kv_heads: int | None) -> Sizes:
+    """The model's sizes, as far as a file says them."""
+    missing = [name for name in ("n_layers", "n_heads", "d_model") if not isinstance(config.get(name), int)]
+    if missing:
+        raise PatchclampError(f"a graph file's cfg says {', '.join(missing)}: this one does not, or not as a whole number")
+    heads = int(config["n_heads"])
+    return Sizes(int(config["n_layers"]), heads, kv_heads or heads, int(config["d_model"]), bool(config.get("parallel_attn_mlp")))
+
+
+def _row(name: str, row: Any, unscored: bool = False) -> tuple[float | None, bool]:
+    """Score and whether it is in the graph; where it may be unscored, NaN is no score."""
     if not isinstance(row, Mapping):
         raise PatchclampError(f"{name!r} of a graph file is a mapping with in_graph and score: this is {type(row).__name__}")
     score = row.get("score")
+    if unscored and isinstance(score, float) and math.isnan(score):
+        score = None
     if score is not None and (not isinstance(score, int | float) or not math.isfinite(score)):
         raise PatchclampError(f"{name!r} of a graph file has the score {score!r}: expected a number")
     return (None if score is None else float(score)), bool(row.get("in_graph", False))
@@ -161,15 +170,13 @@ def save_graph(path: Path, body: Mapping[str, Any]) -> Path:
 
 
 def load_graph(path: Path, kv_heads: int | None = None) -> Graph:
-    """Read a graph file; see `from_graph`.
+    """Read a graph file, JSON or `.pt`; see `from_graph`.
 
     Raises:
-        PatchclampError: there is no such file, or it is no JSON.
+        PatchclampError: there is no such file, or it is none of the two.
     """
     if path.suffix == ".pt":
-        raise PatchclampError(
-            f"{path.name} is a pickle, which could run anything: write the graph as JSON (Graph.to_json) instead"
-        )
+        return from_graph(_unpacked(path, _tensors(path)), kv_heads)
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -177,3 +184,55 @@ def load_graph(path: Path, kv_heads: int | None = None) -> Graph:
     if not isinstance(body, Mapping):
         raise PatchclampError(f"{path} is no graph file: it holds a {type(body).__name__}")
     return from_graph(body, kv_heads)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _tensors(path: Path) -> Mapping[str, Any]:
+    """What a file of tensors holds, without running anything that is in it."""
+    import pickle
+
+    import torch
+
+    try:
+        body = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise PatchclampError(
+            f"{path} cannot be read as a graph file, of which tensors, numbers, text and containers are read and nothing is run: {said[0]}"
+        ) from error
+    if not isinstance(body, Mapping):
+        raise PatchclampError(f"{path} is no graph file: it holds a {type(body).__name__}")
+    return body  # pyright: ignore[reportUnknownVariableType]
+
+
+def _unpacked(path: Path, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The matrices of a `.pt` file as the body of a JSON one: its real edges by their names."""
+    sources, readers = (list(body.get(name) or ()) for name in ("src_nodes", "dst_nodes"))
+    shape = (len(sources), len(readers))
+    tables = {"edges_scores": shape, "edges_in_graph": shape, "nodes_in_graph": shape[:1], "nodes_scores": shape[:1]}
+    found: dict[str, Any] = {}
+    if not isinstance(body.get("cfg"), Mapping):
+        raise PatchclampError(f"{path} is no graph file: it has no cfg that says the model's sizes")
+    for name, wanted in tables.items():
+        if name not in body and name == "nodes_scores":
+            continue
+        size = tuple(getattr(body.get(name), "shape", ()))
+        if not all(shape) or size != wanted:
+            raise PatchclampError(
+                f"{path} is no graph file: {name} is to be a tensor of {' x '.join(map(str, wanted))} (src_nodes, dst_nodes), and is "
+                f"{' x '.join(map(str, size)) or 'missing'}"
+            )
+        found[name] = body[name].tolist()
+    place = {f"{source}->{reader}": (at, to) for at, source in enumerate(sources) for to, reader in enumerate(readers)}
+    real = edge_names(_sizes(body["cfg"], None))
+    if missing := [name for name in real if name not in place]:
+        raise PatchclampError(f"{path} is no graph file: src_nodes and dst_nodes leave out {missing[0]}, an edge of its model")
+    scores, inside = found["edges_scores"], found["edges_in_graph"]
+    edges = {
+        name: {"score": float(scores[at][to]), "in_graph": bool(inside[at][to])} for name in real for at, to in [place[name]]
+    }
+    nodes: dict[str, dict[str, Any]] = {
+        name: {"in_graph": bool(chosen)} for name, chosen in zip(sources, found["nodes_in_graph"], strict=True)
+    }
+    for name, score in zip(sources, found.get("nodes_scores", ()), strict=False):
+        nodes[name]["score"] = float(score)
+    return {"cfg": body["cfg"], "nodes": {**nodes, "logits": {"in_graph": True}}, "edges": edges}

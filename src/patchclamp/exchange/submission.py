@@ -1,6 +1,6 @@
 """A submission to the circuit-localisation track of MIB: a folder per task and model, with all scores or with nine circuits.
 
-    ioi_gpt2/importances.json        the scores of every edge (or node), from which the benchmark takes its circuits itself
+    ioi_gpt2/importances.json        the scores of every edge (or node), from which the benchmark takes its circuits itself (or .pt)
     ioi_gpt2/0.001.json ... 0.5.json nine circuits, each of at most that share of the edges
 
 Files are told apart by what they hold and not by their names when they are read (https://arxiv.org/abs/2504.13151).
@@ -19,6 +19,8 @@ from patchclamp.sites import Edge
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """The nine sizes; the tenth is the whole model."""
+SUFFIXES = (".json", ".pt")
+"""What is read; what is written is JSON."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +75,10 @@ def read_submission(folder: Path, kv_heads: int | None = None) -> Submission:
     """
     if not folder.is_dir():
         raise PatchclampError(f"there is no folder {folder}: a cell of a submission is a folder called TASK_MODEL")
-    found = {path.name: load_graph(path, kv_heads) for path in sorted(folder.glob("*.json"))}
-    if not found:
-        raise PatchclampError(f"{folder} has no .json file: a cell holds importances.json, or nine circuits")
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if not files:
+        raise PatchclampError(f"{folder} has no .json or .pt file: a cell holds importances.json, or nine circuits")
+    found = {path.name: load_graph(path, kv_heads) for path in files}
     scored = {name: graph for name, graph in found.items() if graph.scores is not None}
     if scored and len(found) > 1:
         raise PatchclampError(f"{folder} has scores ({', '.join(scored)}) beside other files: a cell holds scores, or circuits")
@@ -93,7 +96,7 @@ def read_submission(folder: Path, kv_heads: int | None = None) -> Submission:
 def _share(name: str, graph: Graph) -> tuple[float, Circuit]:
     """The smallest of the shares that a circuit fits into; as its name says, where that is one of them and it fits."""
     circuit = graph.circuit or Circuit([])
-    named = [share for share in SHARES if name.removesuffix(".json") == str(share)]
+    named = [share for share in SHARES if name.rpartition(".")[0] == str(share)]
     size = size_of(circuit, graph.sizes)
     fitting = [share for share in SHARES if size <= max(1, int(share * count_of(circuit, graph.sizes) + 1e-9))]
     if not fitting:
