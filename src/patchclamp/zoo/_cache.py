@@ -149,11 +149,9 @@ def readme(
 ) -> str:
     """What a model is, how it was made, what it reaches and how it does it, in Markdown."""
     took = "cut off once, so that its minutes are not known" if minutes is None else f"{minutes:.1f} minutes on 2 shared cores"
-    held = (
-        f"\nIt was trained with {', '.join(map(repr, recipe.clamps))}, and computes as it should only with these.\n"
-        if recipe.clamps
-        else ""
-    )
+    needed = [clamp for clamp in recipe.clamps if not getattr(clamp, "training_only", False)]
+    held = f"\nIt was trained with {', '.join(map(repr, recipe.clamps))}" if recipe.clamps else ""
+    held += (", and computes as it should only with these.\n" if needed else ".\n") if recipe.clamps else ""
     return README.format(
         name=name_of(recipe, seed), about=recipe.about[0].upper() + recipe.about[1:], row=recipe.row, size=model.parameters,
         known=recipe.known, paper=recipe.paper, command=f"patchclamp zoo train {recipe.name} --seed {seed}", steps=recipe.training.steps,
