@@ -11,6 +11,7 @@ from patchclamp.circuit import Circuit
 from patchclamp.errors import TaskError
 from patchclamp.models.model import Model
 from patchclamp.sites import Site
+from patchclamp.tasks import load_task
 from patchclamp.zoo.recipes import _affects, _tags, _world, functions, languages, recipe, tagged
 from patchclamp.zoo.recipes._llama import Exchange, carriers, effects, put_from_there, taken
 from patchclamp.zoo.recipes._tags import AFFECTS, Tagged
@@ -58,7 +59,7 @@ def test_exchanged_functions_differ_in_nothing_else(form: str) -> None:
     with pytest.raises(TaskError, match="choose from shown, told"):
         functions.task("sung")
     tokenizer = zoo.load("functions").tokenizer
-    pair = functions.task(form).examples(tokenizer, 8)[0]
+    pair = load_task("patchclamp.zoo.recipes.functions", form=form).examples(tokenizer, 8)[0]
     assert len(pair.clean) == len(pair.corrupt) == (10 if form == "shown" else 3)
 
 
