@@ -15,6 +15,7 @@ from patchclamp.errors import ModelError, StoreError, TrainingError
 from patchclamp.models.model import Model
 from patchclamp.report.development import write_development
 from patchclamp.report.strips import film_strip, learning_curve, slider
+from patchclamp.store import load_record, runs
 from patchclamp.study import Plan
 from patchclamp.study import map as map_task
 from patchclamp.units import MEASURES
@@ -119,6 +120,15 @@ def test_when_effects_form_and_whether_they_stay():
     assert found["L0.h3"]["formed"] is None and found["L0.h3"]["first"] is None
 
 
+WRITTEN = [
+    {"step": 0, "name": "loss", "value": 4.0},
+    {"step": 1, "name": "loss", "value": 3.0},
+    {"step": 1, "name": "held-out loss", "value": 3.5},
+    {"step": 1, "name": "held-out loss low", "value": 3.25},
+    {"step": 1, "name": "held-out loss high", "value": 3.75},
+]
+
+
 def test_a_training_is_followed_kept_and_shown(folder, tmp_path):
     """Effects at the last checkpoint are those of a map of that model by itself; a second time nothing is computed."""
     called: list[int] = []
@@ -130,11 +140,15 @@ def test_a_training_is_followed_kept_and_shown(folder, tmp_path):
     def run() -> tuple[object, Path]:
         return follow(
             checkpoints(folder), tmp_path / "dev", tasks=["induction"], measures={"heads": counted},
-            plan=Plan(n=32, force=True, min_accuracy=0.0), metrics=pl.DataFrame({"step": [0, 1], "name": ["loss", "loss"], "value": [4.0, 3.0]}),
+            plan=Plan(n=32, force=True, min_accuracy=0.0), metrics=pl.DataFrame(WRITTEN),
         )  # fmt: skip
 
     found, place = run()
     assert found.steps == (0, 500, 4000) and len(called) == 3
+    (info,) = [one for one in runs(tmp_path) if one.folder == place]
+    assert (info.status, info.task) == ("finished", "development") and info.headline.startswith("3 checkpoints, step 0 to 4000: induction, heads; ")
+    with pytest.raises(StoreError, match="holds a development, which is no map"):
+        load_record(place)
     again, _ = run()
     assert len(called) == 3 and again.maps.equals(found.maps)
     alone = map_task(Model.load("zoo/small"), "induction", Plan(n=32, force=True, min_accuracy=0.0), do=("verify",)).scores
@@ -143,6 +157,8 @@ def test_a_training_is_followed_kept_and_shown(folder, tmp_path):
     assert last["exact"].to_list() == pytest.approx(alone.filter(pl.col("kind") != "embed")["exact"].to_list(), abs=1e-5)
     assert found.lives.filter(pl.col("word") == "stays").height > 0
     assert set(found.curves["measure"]) == {"heads", "training"}
+    told = found.curves.filter(measure="training").select("step", "name", "value", "low", "high").rows()
+    assert sorted(told, key=str) == [(0, "loss", 4.0, None, None), (1, "held-out loss", 3.5, 3.25, 3.75), (1, "loss", 3.0, None, None)]
     assert load_development(place).lives.equals(found.lives)
     page = write_development(place).read_text()
     assert "When each effect formed" in page and '"slider-0"' in page and "step 4\u202f000" in page
@@ -204,6 +220,8 @@ def test_a_map_that_failed_is_tried_again_and_told_anew(folder, tmp_path, monkey
     first, place = follow(checkpoints(folder), tmp_path / "dev", **options)
     assert first.baselines["error"].to_list() == ["", "out of memory", ""]
     assert load_development(place).baselines.equals(first.baselines)
+    assert [one.status for one in runs(place)] == ["unfinished"]
     second, _ = follow(checkpoints(folder), tmp_path / "dev", **options)
     assert second.baselines["error"].to_list() == ["", "", ""] and set(second.maps["step"]) == {0, 500, 4000}
     assert load_development(place).maps.equals(second.maps)
+    assert [one.status for one in runs(place)] == ["finished"]

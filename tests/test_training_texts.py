@@ -1,6 +1,7 @@
 """Where training begins and what it reads: configurations, adapters, texts; and the command."""
 
 import json
+import re
 import signal
 from collections import Counter
 
@@ -222,6 +223,8 @@ def test_the_command_trains_goes_on_and_refuses(cli, room, monkeypatch):
     assert (code, out) == (130, "") and "interrupted; run holds the last update: run the same command again to go on" in errors
     code, out, errors = cli(*given, "--steps", 8)
     assert code == 0 and "goes on from step 4" in errors and "4 checkpoints, each a model" in out
+    number = r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]"
+    assert re.search(rf"rows that were set aside: {number} before, {number} after \(95 % over rows\)", " ".join(out.split()))
     sizes = sum(path.stat().st_size for path in (room / "run" / "checkpoints" / "step-0000008").glob("[mo]*.safetensors"))
     assert found["checkpoint"] == pytest.approx(sizes, rel=0.05)  # the rest is headers
 
@@ -248,4 +251,7 @@ def test_the_command_adapts_a_pretrained_model(cli, room):
     assert code == 0, errors
     found = json.loads(out)
     assert found["held_out"]["last"] < found["held_out"]["first"] and found["checkpoints"] == [0, found["steps"]]
+    for which in ("first", "last"):
+        low, high = found["held_out"][f"{which}_interval"]
+        assert low < found["held_out"][which] < high
     assert Model.load(room / "run" / "checkpoints" / f"step-{found['steps']:07d}").tokenizer is not None

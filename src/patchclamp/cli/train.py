@@ -62,6 +62,7 @@ Save = Annotated[int, typer.Option(help="A state to go on from is written every 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would take (time, memory, disk), and do nothing.")]
 ROWS = 64
 """Of those set aside, how many the held-out loss is measured on, at most."""
+HELD = "held-out loss"
 
 
 def add(app: typer.Typer) -> None:
@@ -135,7 +136,7 @@ def _carried_out(model: "Model", rows: "Tokens", plan: "Training", out: Path, as
         begun = checkpoint.resumable(out) if (out / "training.json").is_file() else None
         note = "" if begun is None else f"; goes on from step {begun}"
         common.err.print(Text(f"{model}\n{rows.label}: {_rows(rows, plan)}{note}", style="dim"))
-    measures = [held_out(rows, min(ROWS, rows.held))] if rows.held else []
+    measures = [held_out(rows, min(ROWS, rows.held), name=HELD, interval=True)] if rows.held else []
     try:
         with _bar(plan.steps) as (tick, progress):
             trained = carry_out(model, rows, plan, out, measures=measures, tick=tick, progress=progress)
@@ -171,17 +172,20 @@ def _bar(steps: int) -> Generator[tuple[Any, Any]]:
             bar.update(task, completed=done, description=f"loss {numbers['loss']:.3f}")
 
         def progress(step: int, numbers: Mapping[str, float]) -> None:
-            if numbers:
-                said = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-                bar.console.print(Text(f"  step {step:>7,}  {said}", style="dim"))
+            if HELD in numbers:
+                said = _said(*(numbers.get(f"{HELD}{end}") for end in ("", " low", " high")))
+                bar.console.print(Text(f"  step {step:>7,}  {HELD} {said}", style="dim"))
 
         yield tick, progress
 
 
 def _told(trained: "Trained", rows: "Tokens", as_json: bool) -> None:
-    losses, kept = trained.curve("loss"), trained.curve("held-out loss")
+    losses, kept = trained.curve("loss"), _kept(trained)
     last = float(losses["value"].tail(100).mean())  # pyright: ignore[reportArgumentType]
-    held = {"rows": min(ROWS, rows.held), "first": kept["value"][0], "last": kept["value"][-1]} if len(kept) else None
+    held: dict[str, Any] | None = None
+    if kept:
+        held = {"rows": min(ROWS, rows.held), "first": kept[0][0], "last": kept[-1][0], "first_interval": kept[0][1:],
+                "last_interval": kept[-1][1:]}  # fmt: skip
     if as_json:
         common.print_json({"folder": str(trained.out), "steps": len(losses), "loss": last, "held_out": held,
                            "checkpoints": list(trained.steps)})  # fmt: skip
@@ -189,12 +193,27 @@ def _told(trained: "Trained", rows: "Tokens", as_json: bool) -> None:
     common.out.print(Text(f"Loss of the last {min(100, len(losses))} updates: {last:.3f} nats a token"))
     if held:
         common.out.print(
-            Text(f"On {held['rows']} rows that were set aside: {held['first']:.3f} before, {held['last']:.3f} after")
+            Text(
+                f"On {held['rows']} rows that were set aside: {_said(*kept[0])} before, {_said(*kept[-1])} after (95 % over rows)"
+            )
         )
     common.out.print(
         Text(f"{len(trained.steps)} checkpoints, each a model: {trained.out}/checkpoints/step-NNNNNNN"), soft_wrap=True
     )
     common.out.print(Text(str(trained.out), style="bold"), soft_wrap=True)
+
+
+def _kept(trained: "Trained") -> list[tuple[float, float | None, float | None]]:
+    """The loss on rows that were set aside, with its interval, by step; none of an interval that was not measured."""
+    found = trained.curve(HELD)
+    for end in ("low", "high"):
+        found = found.join(trained.curve(f"{HELD} {end}").rename({"value": end}), on="step", how="left")
+    return found.sort("step").select("value", "low", "high").rows()
+
+
+def _said(value: float | None, low: float | None, high: float | None) -> str:
+    """A number with its interval; of a single row there is none."""
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _estimated(model: "Model", rows: "Tokens", plan: "Training", as_json: bool) -> None:

@@ -141,7 +141,16 @@ def follow(
         # maps that failed are tried again next time, and then this is another result
         missing = digest("", "", [row[:2] for row in rows if row[2] is None], {})[:12] if any(r[2] is None for r in rows) else ""
         result = run.step(f"{RESULT}-without-{missing}" if missing else RESULT, _development, curves, rows, metrics, about)
+        if not missing:
+            run.finish(_headline(result, tasks, measures))
         return result, run.folder
+
+
+def _headline(found: Development, tasks: Sequence[str], measures: Mapping[str, Measure]) -> str:
+    """For a list of runs: which checkpoints, what was asked, how many parts' effects came and stayed."""
+    ends = f"{len(found.steps)} checkpoints, step {found.steps[0]} to {found.steps[-1]}"
+    stay = f"; {found.lives.filter(found.lives['word'] == 'stays').height} parts come and stay" if found.lives.height else ""
+    return f"{ends}: {', '.join([*tasks, *measures])}{stay}"
 
 
 def load_development(folder: str | Path) -> Development:
@@ -216,8 +225,7 @@ def _development(
     about: Mapping[str, Any],
 ) -> Development:
     if metrics is not None and metrics.height:
-        own = _thinned(metrics).with_columns(pl.lit("training").alias("measure"), pl.lit("").alias("part"),
-                                   *(pl.lit(None, pl.Float64).alias(column) for column in ("low", "high")))  # fmt: skip
+        own = _paired(_thinned(metrics)).with_columns(pl.lit("training").alias("measure"), pl.lit("").alias("part"))
         curves = pl.concat([curves, own.select(*CURVES).cast(CURVES)])  # pyright: ignore[reportArgumentType]
     there = [(task, step, record) for task, step, record, _, _ in rows if record is not None]
     maps = _joined([_map_rows(task, step, record) for task, step, record in there])
@@ -236,6 +244,18 @@ def _thinned(metrics: pl.DataFrame) -> pl.DataFrame:
     place = np.log1p(steps)
     near = np.searchsorted(place, np.linspace(place[0], place[-1], POINTS)).clip(max=len(steps) - 1)
     return metrics.filter(pl.col("step").is_in(steps[np.unique(near)]))
+
+
+def _paired(metrics: pl.DataFrame) -> pl.DataFrame:
+    """step, name, value, low, high: where NAME, `NAME low` and `NAME high` were written down, they are one number with its interval."""
+    names = set(metrics["name"])
+    both = [name for name in names if {f"{name} low", f"{name} high"} <= names]
+    found = metrics.filter(~pl.col("name").is_in([f"{name} {end}" for name in both for end in ("low", "high")]))
+    for end in ("low", "high"):
+        ends = metrics.filter(pl.col("name").is_in([f"{name} {end}" for name in both]))
+        named = pl.col("name").str.strip_suffix(f" {end}")
+        found = found.join(ends.select("step", named, pl.col("value").alias(end)), on=["step", "name"], how="left")
+    return found
 
 
 def _joined(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:

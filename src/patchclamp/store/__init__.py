@@ -194,6 +194,10 @@ class Run:
         written = write_encoded(self.folder, "study", encoded, frames=frames, tensors="tensors.safetensors")
         self._change(replace(self._state.with_files(written), headline=record.headline, status="finished"))
 
+    def finish(self, headline: str) -> None:
+        """Count the run as finished: of a run that is its steps, and holds no study."""
+        self._change(replace(self._state, headline=headline, status="finished"))
+
     def _change(self, state: Manifest) -> None:
         self._state = state
         if self.folder is not None:
@@ -225,6 +229,8 @@ def load_record(folder: Path | str) -> Record:
     """The finished study of a run; raises `StoreError` where it is not finished or a file is damaged."""
     place = Path(folder)
     state = Manifest.read(place)
+    if "study.json" not in state.files and state.status == "finished":
+        raise StoreError(f"{place} holds a {state.task}, which is no map of one task: choose a run of `patchclamp map`")
     if "study.json" not in state.files:
         raise StoreError(f"{place} is not finished ({len(state.steps)} steps are): run the same command again to go on with it")
     names = {name: hash for name, hash in state.files.items() if name not in ("plan.json", "report.html")}
