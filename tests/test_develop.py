@@ -146,7 +146,9 @@ def test_a_training_is_followed_kept_and_shown(folder, tmp_path):
     found, place = run()
     assert found.steps == (0, 500, 4000) and len(called) == 3
     (info,) = [one for one in runs(tmp_path) if one.folder == place]
-    assert (info.status, info.task) == ("finished", "development") and info.headline.startswith("3 checkpoints, step 0 to 4000: induction, heads; ")
+    assert (info.status, info.task) == ("finished", "development") and info.headline.startswith(
+        "3 checkpoints, step 0 to 4000: induction, heads; "
+    )
     with pytest.raises(StoreError, match="holds a development, which is no map"):
         load_record(place)
     again, _ = run()
@@ -158,7 +160,11 @@ def test_a_training_is_followed_kept_and_shown(folder, tmp_path):
     assert found.lives.filter(pl.col("word") == "stays").height > 0
     assert set(found.curves["measure"]) == {"heads", "training"}
     told = found.curves.filter(measure="training").select("step", "name", "value", "low", "high").rows()
-    assert sorted(told, key=str) == [(0, "loss", 4.0, None, None), (1, "held-out loss", 3.5, 3.25, 3.75), (1, "loss", 3.0, None, None)]
+    assert sorted(told, key=str) == [
+        (0, "loss", 4.0, None, None),
+        (1, "held-out loss", 3.5, 3.25, 3.75),
+        (1, "loss", 3.0, None, None),
+    ]
     assert load_development(place).lives.equals(found.lives)
     page = write_development(place).read_text()
     assert "When each effect formed" in page and '"slider-0"' in page and "step 4\u202f000" in page
