@@ -100,6 +100,12 @@ def test_codes_find_the_planted_head_and_say_so_where_there_is_none(folder: Path
     assert nothing.circuit is None and claim.verdict == "not supported"
     with pytest.raises(PatchclampError, match=f"no circuit to judge: 0 of {heads} heads"):
         map(model, pairs, Plan(search="codes"), do=("trust",))
+    whole = map(model, pairs, Plan(search="codes"), do=("verify", "discover", "trust"))
+    assert (
+        whole.circuit is None
+        and whole.record.trust is None
+        and any("takes other values" in one.statement for one in whole.claims)
+    )
 
 
 def test_a_path_of_neurons_is_chosen_on_select_and_judged_on_confirm(tmp_path: Path):

@@ -158,7 +158,8 @@ def carry_out(work: Work, do: Collection[str] = STEPS) -> Study:
         _gate(work)
     if {"discover", "trust"} & set(do):
         _discover(work)
-    if "trust" in do:
+    none = work.found.get("circuit") is None and bool({"gate", "verify"} & do)
+    if "trust" in do and not none:  # a whole map goes on without a circuit, and says that there is none
         _trust(work)
     if "relate" in do:
         work.found["relations"] = relate.relate(work)
