@@ -86,13 +86,12 @@ def signals(
 
 
 def _signal(row: dict[str, Any]) -> dict[str, object]:
-    def writer(side: str) -> str | None:
-        return None if row[f"{side}_writer"] is None else f"{row[f'{side}_writer']} {row[f'{side}_share']:.0%}"
-
+    """What is shown of a signal; the rest is in the table that is written."""
     return {
         "head": row["head"], "from": f"{row['query_token']} ({row['query']})", "to": f"{row['key_token']} ({row['key']})",
-        "weight": row["weight"], "score": row["score"], "directions": f"{row['count']} of {row['rank']}", "key by": writer("key"),
-        "query by": writer("query"), "without": row["without"], "others": row["without_others"],
+        "weight": row["weight"], "directions": f"{row['count']} of {row['rank']}",
+        "key by": None if row["key_writer"] is None else f"{row['key_writer']} {row['key_share']:.0%}",
+        "without": row["without"], "others": row["without_others"],
     }  # fmt: skip
 
 
