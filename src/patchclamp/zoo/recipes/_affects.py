@@ -60,10 +60,15 @@ def told(affect: int, some: Scenes) -> Int[Tensor, "scene position"]:
     return scene(torch.full_like(some[0], affect), *some)
 
 
+def every_affect(some: Scenes) -> Int[Tensor, "row position"]:
+    """Prompts of all affects and none, one after the other, each in every scene."""
+    return torch.cat([told(affect, some) for affect in range(len(AFFECTS))])
+
+
 def streams(model: "Model", layer: int, some: Scenes) -> Float[Tensor, "affect scene width"]:
     """The residual stream behind a layer at `felt`, of all affects and none."""
     site = Site("resid.post", layer)
-    return torch.stack([model.record(told(affect, some), site)[site][:, -1] for affect in range(len(AFFECTS))])
+    return model.record(every_affect(some), site)[site][:, -1].unflatten(0, (len(AFFECTS), -1))
 
 
 def directions(felt: Float[Tensor, "affect scene width"]) -> Float[Tensor, "six width"]:
@@ -121,7 +126,7 @@ def affect_circuit(model: "Model", seed: int = 0) -> Circuit:
     order, fitted = ranked(affect_order(model, seed)[2], "signed"), means(model, scenes(0))
     for size in (size for size in SIZES if size < len(order)):
         found = Circuit(order[:size], {"order": "integrated", "wanted": WANTED, "size": size, "of": len(order), "seed": seed})
-        if share_of(said(model, modulation(found, fitted, asked(0)[0]), 0)) >= WANTED:
+        if said(model, modulation(found, fitted, asked(0)[0]), 0).share >= WANTED:
             return found
     return Circuit(order, {"order": "integrated", "wanted": WANTED, "size": len(order), "of": len(order), "seed": seed})
 
@@ -136,29 +141,29 @@ def kept_by(model: "Model", seed: int = 0) -> Circuit:
 def means(model: "Model", some: Scenes) -> dict[Site, Float[Tensor, "affect ..."]]:
     """What heads and neurons of each layer have at `felt` on the average over scenes, by affect."""
     places = [Site(kind, layer) for layer in range(model.layers) for kind in ("z", "neuron")]
-    values = [model.record(told(affect, some), places) for affect in range(len(AFFECTS))]
-    return {site: torch.stack([found[site][:, -1].mean(0) for found in values]) for site in places}
+    values = model.record(every_affect(some), places)
+    return {site: values[site][:, -1].unflatten(0, (len(AFFECTS), -1)).mean(1) for site in places}
 
 
 def modulation(circuit: Circuit, fitted: Mapping[Site, Tensor], towards: Int[Tensor, " row"]) -> Edits:
     """Edits that shift every part of a circuit at the last token by what each row's affect changes there: mean(affect) - mean(none)."""
+    inside: dict[Site, list[int]] = {place: [] for place in sorted(fitted)}
+    for site in circuit.sites:
+        if isinstance(site, Site) and site.index is not None:
+            inside[Site("neuron" if site.kind == "neuron" else "z", site.layer)].append(site.index)
     found: Edits = {}
-    for place in sorted(fitted):
-        kinds = ("z", "head") if place.kind == "z" else ("neuron",)
-        inside = {site.index for site in circuit if isinstance(site, Site) and site.layer == place.layer and site.kind in kinds}
-        if inside:
+    for place, indices in inside.items():
+        if indices:
             shift = fitted[place] - fitted[place][PLAIN]
-            keep = torch.zeros(shift.shape[1])
-            keep[[index for index in inside if index is not None]] = 1.0
+            keep = torch.zeros(shift.shape[1]).index_fill(0, torch.tensor(indices), 1.0)
             found[place.at(-1)] = Add((shift * keep.reshape(-1, *[1] * (shift.dim() - 2)))[towards][:, None])
     return found
 
 
 def likewise(circuit: Circuit, parts: Sequence[Site], draw: torch.Generator, kinds: bool = True) -> Circuit:
     """As many heads and as many neurons as a circuit has, drawn at random; or (not `kinds`) as many parts of either kind."""
-    groups = (
-        [[site for site in parts if (site.kind == "neuron") == neuron] for neuron in (False, True)] if kinds else [list(parts)]
-    )
+    split = [[site for site in parts if (site.kind == "neuron") == neuron] for neuron in (False, True)]
+    groups = split if kinds else [list(parts)]
     found: list[Site] = []
     for group in groups:
         inside = sum(site in circuit for site in group)
@@ -174,10 +179,10 @@ class Said:
     right: int
     n: int
 
-
-def share_of(found: Said) -> float:
-    """The share that expresses what was wanted."""
-    return found.expressed / found.n
+    @property
+    def share(self) -> float:
+        """Of prompts that express what was wanted."""
+        return self.expressed / self.n
 
 
 def asked(half: int) -> tuple[Int[Tensor, " row"], Scenes]:
@@ -265,7 +270,7 @@ def ways(model: "Model", circuit: Circuit, seed: int = 0) -> pl.DataFrame:
 
 def _row(way: str, parts: int, found: Said) -> dict[str, object]:
     interval = binomtest(found.expressed, found.n).proportion_ci(method="wilson")
-    return {"way": way, "parts": parts, "expressed": found.expressed / found.n, "low": float(interval.low),
+    return {"way": way, "parts": parts, "expressed": found.share, "low": float(interval.low),
             "high": float(interval.high), "right": found.right / found.n, "n": found.n}  # fmt: skip
 
 
@@ -277,7 +282,7 @@ def ablated(model: "Model", circuit: Circuit) -> float:
         if isinstance(site, Site)
     ]
     put = taken(model, told(PLAIN, asked(1)[1]), sites)
-    return share_of(said(model, {}, 1, tag=True)) - share_of(said(model, put, 1, tag=True))
+    return said(model, {}, 1, tag=True).share - said(model, put, 1, tag=True).share
 
 
 def affect_findings(model: "Model", seed: int = 0) -> tuple[Finding, ...]:
