@@ -31,7 +31,7 @@ ROOM = Path(_cache.__file__).parent
 def test_the_folder_is_the_registry() -> None:
     files = {path.stem for path in (ROOM / "recipes").glob("*.py") if not path.stem.startswith("_")}
     assert set(OWN) < files
-    assert {one.name.partition("_")[0] for one in recipes().values()} == files - set(OWN) - {"classes"}  # which has none yet
+    assert {one.name.partition("_")[0] for one in recipes().values()} == files - set(OWN)
     with pytest.raises(ModelError, match="choose from induction"):
         recipe("inductoin")
 
@@ -187,12 +187,12 @@ def test_contexts_have_the_labels_of_their_classes() -> None:
 
 def test_contexts_are_as_bursty_and_as_uneven_as_asked() -> None:
     """Classes of rows that are not bursty have frequencies k^-1: the ratio of the first to the tenth is 10, within 4 errors."""
-    data = Contexts(zipf=1.0, bursty=0.0, burst=1)
+    data = Contexts(classes=256, zipf=1.0, bursty=0.0, burst=1)
     classes = data.rows(0, 4000).labels["classes"].flatten()
     counts = Counter(classes.tolist())
     error = 4 * 10 * math.sqrt(1 / counts[0] + 1 / counts[9])
     assert counts[0] / counts[9] == pytest.approx(10, abs=error)
-    half = Contexts(bursty=0.5, burst=2).rows(0, 4000)
+    half = Contexts(classes=256, bursty=0.5, burst=2).rows(0, 4000)
     there = (half.labels["classes"] == half.labels["target"][:, None]).sum(1)
     assert float((there == 2).float().mean()) == pytest.approx(0.5, abs=0.04)  # 5 standard errors of 4000 rows
     with pytest.raises(TrainingError, match="burst must divide pairs"):
@@ -206,18 +206,24 @@ def test_classes_are_told_apart_by_what_is_asked() -> None:
     assert all(numbers[name] <= 0.1 for name in ("accuracy", "icl", "weights"))
     weight = hf.get_input_embeddings().weight
     assert not weight.requires_grad and torch.equal(weight, Contexts(0).embedding())
-    assert [bool(layer.mlp.down_proj.weight.any()) for layer in hf.model.layers] == [False, True]
+    assert not any(layer.mlp.down_proj.weight.any() for layer in hf.model.layers)
+    assert [bool(layer.mlp.down_proj.weight.any()) for layer in classes.build(0, neurons=8).model.layers] == [False, True]
 
 
 def test_exemplars_of_a_class_are_near_each_other() -> None:
-    """Cosine of two exemplars: 1 / (1 + noise^2) on average; of two classes: 0. Of 64 coordinates, so errors are about .13."""
-    data = Contexts()
-    items = data.embedding()[3 + data.labels :].unflatten(0, (-1, data.exemplars))
+    """Cosine of two exemplars: 1 / (1 + noise^2) on average; of two classes: 0. Of 63 coordinates, so errors are about .13.
+
+    The one that is left is the same for all tokens.
+    """
+    data = Contexts(exemplars=2)
+    vectors = data.embedding()
+    assert bool((vectors[:, -1] == 4).all())
+    items = vectors[3 + data.labels :, :-1].unflatten(0, (-1, data.exemplars))
     unit = torch.nn.functional.normalize(items, dim=-1)
     within = (unit[:, 0] * unit[:, 1]).sum(-1)
     between = (unit[:-1, 0] * unit[1:, 0]).sum(-1)
     assert float(within.mean()) == pytest.approx(1 / 1.01, abs=0.002)
-    assert abs(float(between.mean())) < 0.03 and float(between.std()) == pytest.approx(64**-0.5, rel=0.2)
+    assert abs(float(between.mean())) < 0.03 and float(between.std()) == pytest.approx(63**-0.5, rel=0.2)
 
 
 # --- other attention
