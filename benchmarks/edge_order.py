@@ -17,7 +17,7 @@ from patchclamp.discover.threshold import Order, ranked
 from patchclamp.methods import attribute, groups_of
 from patchclamp.metrics import metric_named
 from patchclamp.models.model import Model
-from patchclamp.parts import benefits, edges
+from patchclamp.parts import Parts, benefits, edges
 from patchclamp.scores.ratios import Shares
 from patchclamp.tasks import load_task
 
@@ -28,8 +28,9 @@ AREAS: dict[Order, str] = {"signed": "CPR", "magnitude": "CMD"}
 def case(model: str, task: str, n: int, kind: str, methods: list[str], seed: int) -> None:
     """Print a line per area: every method's, and each method's less the next one's."""
     loaded = Model.load(model)
-    split, parts = load_task(task).split(loaded.tokenizer, n, seed=seed), edges(loaded)
-    rule, some = parts.fallback(kind), split.confirm
+    parts: Parts = edges(loaded)
+    split, rule = load_task(task).split(loaded.tokenizer, n, seed=seed), parts.fallback(kind)
+    some = split.confirm
     metric, sizes = metric_named(some.metric), [max(1, int(share * len(parts.labels) + 1e-9)) for share in SHARES]
     scores = [attribute(parts, split.select, rule, method) for method in methods]
     ends = benefits(parts, some, torch.cat([parts.open(), parts.closed()]), rule, metric).double().numpy()
