@@ -144,6 +144,9 @@ def arguments() -> argparse.Namespace:
     ask.add_argument("--turns", type=int, default=2)
     ask.add_argument("--prompts", type=int, default=192)
     ask.add_argument("--updates", type=int, default=500, help="of each descent of the loop (the authors' code: 500)")
+    ask.add_argument(
+        "--last-rate", type=float, default=1.0, help="what the loop's rate, 1 at first, falls to (the authors' code: 1)"
+    )
     ask.add_argument("--free", type=int, default=40, help="updates at most of this package's free descent")
     ask.add_argument("--pressed", type=int, default=60, help="and of the pressed ones")
     return ask.parse_args()
@@ -156,7 +159,8 @@ def main() -> None:
     split = load_task(asked.task).split(model.tokenizer, asked.prompts if asked.model.startswith("zoo/") else None, 0)
     parts = nodes(model)
     fallback, count = parts.fallback("resample"), len(parts.counted)
-    code = gating_settings("code", seeds=asked.seeds, free=Stage(asked.updates, 1.0, 1.0), pressed=Stage(asked.updates, 1.0, 1.0))
+    stage = Stage(asked.updates, 1.0, asked.last_rate)
+    code = gating_settings("code", seeds=asked.seeds, free=stage, pressed=stage)
     loop_settings = replace(code, batch=32)
     mine = gating_settings("default", seeds=asked.seeds, free=Stage(asked.free, 1.0, 0.1), pressed=Stage(asked.pressed, 0.7, 0.1))
     examples = balanced(split.fit, mine).examples
