@@ -61,7 +61,8 @@ def test_a_map_from_the_shell(cli: Cli, saved: Path, tmp_path: Path, truth: Wire
 
 @pytest.mark.parametrize("command", ["attribute", "verify", "discover", "trust"])
 def test_a_part_of_the_map(cli: Cli, saved: Path, tmp_path: Path, command: str):
-    code, out, err = cli(command, saved, saved / "pairs.jsonl", "--out", tmp_path / "run", "--n", 48, "--json", *QUICK)
+    quick = QUICK if command in ("map", "trust") else QUICK[:1]
+    code, out, err = cli(command, saved, saved / "pairs.jsonl", "--out", tmp_path / "run", "--n", 48, "--json", *quick)
     assert code == 0, err
     body = json.loads(out)
     assert (body["circuit"] is not None) == (command in ("discover", "trust"))
@@ -149,6 +150,15 @@ def test_bad_input_of_looking(cli: Cli, saved: Path, tmp_path: Path):
     for words, said in (
         (("record", saved, "nofile.jsonl", "-s", "L0.z", "--out", tmp_path / "v.safetensors"), "there is no file nofile.jsonl"),
         (("generate", saved, "a", "-e", "L0.h0=clamp:1,-1"), "must not be above"),
+        (("zoo", "about", "nope"), "induction"),
+        (("zoo", "load", "small"), "has no recipe to check it by"),
+        (("develop", "zoo/small", "--task", "ioi", "--out", tmp_path / "d"), "a finished model without checkpoints"),
+        (
+            ("train", saved, "--data", "none.txt", "--out", tmp_path / "t", "--steps", 3, "--lora-dropout", 0.5),
+            "--lora-dropout is of LoRA",
+        ),
+        (("clamp", "induction", "--data", "none.txt", "--out", tmp_path / "c", "--ablate", "L0.h0"), "has data of its own"),
+        (("clamp", "induction", "--steps", 2, "--out", tmp_path / "c", "--ablate", "L0.h0"), "train 8 steps or more"),
     ):
         code, _, err = cli(*words)
         assert code == 2 and said in err and not (tmp_path / "v.safetensors").exists(), (words, err)

@@ -109,13 +109,18 @@ def test_what_makes_no_sense_is_refused(cli: Cli, folder: Path, tmp_path: Path):
         (("signals", folder, PROMPT, "--head", "L0.mlp"), "L0.mlp is no head"),
         (("signals", folder, PROMPT, "--at", "40"), "positions -8 to 7"),
         (("signals", folder, PROMPT, "--out", tmp_path / "a.txt"), ".parquet or .csv"),
+        (("signals", folder, PROMPT, "--above", "3"), "from 0 to below 1"),
         (("flow", folder), "give PROMPT, or --corpus"),
         (("flow", folder, PROMPT, "--corpus", tmp_path / "a.txt"), "not both"),
         (("flow", folder, PROMPT, "--class", "word"), "are of a corpus"),
         (("flow", folder, "--corpus", tmp_path / "a.txt", "--from", "nowhere"), "choose from itself"),
         (("flow", folder, "--corpus", tmp_path / "none.txt"), "none.txt"),
+        (("flow", folder, "--corpus", tmp_path / "a.txt", "--class", "verb"), "choose from word, capital"),
         (("flow", folder, "--corpus", tmp_path / "a.txt", "--texts", "0"), "choose 1 or more"),
-        (("flow", folder, "--corpus", tmp_path / "a.txt", "--length", "5", "--class", "number"), "no token is of the class"),
+        (
+            ("flow", folder, "--corpus", tmp_path / "a.txt", "--length", "5", "--class", "number"),
+            "no token of these texts is of the class",
+        ),
     ):
         code, _, err = cli(*words)
         assert code == 2 and told in err, (words, err)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 
 from patchclamp.develop import Checkpoint, checkpoints, follow, lives, load_development
 from patchclamp.errors import ModelError, StoreError, TrainingError
@@ -84,12 +85,14 @@ def test_what_cannot_be_found_is_told(tmp_path, source, options, words):
 
 
 def test_a_hub_that_does_not_answer_is_told(monkeypatch):
-    def nothing(self: object, name: str) -> None:
-        raise OSError("no route")
+    for error in (OSError, HTTPError):
 
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_refs", nothing)
-    with pytest.raises(ModelError, match="give a folder, or revisions by name"):
-        checkpoints("someone/model")
+        def nothing(self: object, name: str, error: type[Exception] = error) -> None:
+            raise error("no route")
+
+        monkeypatch.setattr("huggingface_hub.HfApi.list_repo_refs", nothing)
+        with pytest.raises(ModelError, match="give a folder, or revisions by name"):
+            checkpoints("someone/model")
 
 
 def test_when_effects_form_and_whether_they_stay():

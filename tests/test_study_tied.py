@@ -61,7 +61,15 @@ def test_what_was_fine_tuned_in_one_part_is_found_from_the_shell(
     model, base = tuned
     asked = ("--tied", "L0.block, L0.kv*,L1.h*,L1.mlp", "--fallback", "model", "--other", base)
     with few_gates():
-        code, out, err = cli(command, model, model / "pairs.jsonl", "--out", tmp_path / "run", *asked, *QUICK)
+        code, out, err = cli(
+            command,
+            model,
+            model / "pairs.jsonl",
+            "--out",
+            tmp_path / "run",
+            *asked,
+            *(QUICK if command in ("map", "trust") else QUICK[2:]),
+        )
     assert code == 0, err
     body = json.loads(out)
     found = effects(body)
@@ -98,7 +106,7 @@ def test_one_part_that_was_changed_is_found_among_parts_of_every_kind(cli: Cli, 
     base = save(hf, one, tmp_path / "base", 48)
     mixture = "L0.block,L*.kv*,L1.h*,L0.mlp.n1*,L1.mlp.e*,L0.h2@-1"
     asked = ("--tied", f"{mixture},L1.mlp", "--fallback", "model", "--other", base, "--min-accuracy", "0")
-    code, out, err = cli("verify", model, model / "pairs.jsonl", *asked, "--second", "zero", "--out", tmp_path / "run", *QUICK)
+    code, out, err = cli("verify", model, model / "pairs.jsonl", *asked, "--second", "zero", "--out", tmp_path / "run", "--json")
     assert code == 0, err
     found = effects(json.loads(out))
     assert {"L0.block", "L1.kv1", "L1.h3", "L0.mlp.n17", "L1.mlp.e0", "L0.h2@-1"} < set(found)

@@ -125,6 +125,8 @@ def _sources(
     if data is None and own in recipes():
         recipe = recipes()[own]
         return lambda seed: Model.load(recipe.build(seed)), recipe.data, recipe.training, recipe.clamps
+    if own in recipes() and not Path(source).exists():
+        raise ModelError(f"{source!r} is a recipe, which has data of its own, and --data was given: leave out one of them")
     if data is None:
         raise ModelError(
             f"{source!r} is no recipe of the zoo ({', '.join(recipes())}): give one, or a configuration or model with --data TEXTS"

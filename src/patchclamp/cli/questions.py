@@ -264,6 +264,7 @@ OWN = {
     "parts": ("attribute", "discover", "trust", "localise"), "screen": ("attribute", "discover", "trust", "localise"),
     "methods": ("localise",),
     "tied": ("map", "gate", "attribute", "verify", "discover", "trust"),
+    "budget": ("map", "gate"), "pressure": ("map", "gate"), "random_circuits": ("map", "trust"),
     "search": ("map", "discover", "trust"), "threshold": ("map", "discover", "trust"),
     "sparsity": ("map", "discover", "trust"), "mask_price": ("map", "discover", "trust"), "updates": ("map", "discover", "trust"),
 }  # fmt: skip

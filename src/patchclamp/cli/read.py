@@ -63,6 +63,8 @@ def signals(
     from patchclamp.discover.signal_table import signal_table
 
     common.check_table(out, top)
+    if not 0 <= above < 1:
+        raise PatchclampError(f"--above {above:g} was given: a head's attention is a share, so choose from 0 to below 1")
     loaded = common.load_model(model, dtype, device, device_map, revision, tokenizer, trust_remote_code)
     ids = loaded.encode(_given(prompt)).tokens[0]
     heads = [site for pattern in head or () for site in loaded.find(pattern)] or None
@@ -103,7 +105,7 @@ def flow(
     trust_remote_code: Trust = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """How much each state owes to each head: the routes of one prompt, or what heads bring over a corpus, by kind of token."""
-    from patchclamp.discover.flow import RELATIONS, flow_heads
+    from patchclamp.discover.flow import CLASSES, RELATIONS, flow_heads
     from patchclamp.discover.flow import flow as flowing
 
     common.check_table(out, top)
@@ -113,6 +115,8 @@ def flow(
         raise PatchclampError("--class and --from are of a corpus: a prompt's routes are all shown")
     if unknown := [one for one in relation or () if one not in RELATIONS]:
         raise PatchclampError(f"--from {unknown[0]!r} was asked for: choose from {', '.join(RELATIONS)}")
+    if unknown := [one for one in kind or () if one not in CLASSES]:
+        raise PatchclampError(f"--class {unknown[0]!r} was asked for: choose from {', '.join(CLASSES)}")
     loaded = common.load_model(model, dtype, device, device_map, revision, tokenizer, trust_remote_code)
     if prompt is not None:
         one = flowing(loaded, _given(prompt))
@@ -137,6 +141,13 @@ def flow(
         return
     common.out.print(Text(head, style="bold"))
     common.print_rows(rows)
+    if prompt is not None:
+        common.out.print(
+            Text(
+                "heads and residual: shares of what a block's attention leaves; an MLP: of the block's end, the rest being that",
+                style="dim",
+            )
+        )
     _written(out)
 
 
@@ -165,8 +176,10 @@ def _rows(
 
 def _chosen(found: "pl.DataFrame", kinds: list[str] | None, relations: list[str] | None) -> "pl.DataFrame":
     """The rows asked for, largest share first."""
-    if unknown := [one for one in kinds or () if one not in found["class"].unique()]:
-        raise PatchclampError(f"no token is of the class {unknown[0]!r}: there are {', '.join(sorted(found['class'].unique()))}")
+    if absent := [one for one in kinds or () if one not in found["class"].unique()]:
+        raise PatchclampError(
+            f"no token of these texts is of the class {absent[0]!r}: there are {', '.join(sorted(found['class'].unique()))}"
+        )
     for name, wanted in (("class", kinds), ("relation", relations)):
         found = found if not wanted else found.filter(found[name].is_in(wanted))
     return found.sort("share", descending=True)

@@ -41,6 +41,8 @@ def show(study: Study, report: Path, steps: Collection[str]) -> None:
                 f"({len(record.circuit)} of {record.circuit.about.get('of', record.scores.height)}): {names}",
             )
         )
+        if record.trust is None:
+            out.print(Text("Not judged: `patchclamp trust` says how much it keeps, beside random circuits", style="dim"))
     if record.trust is not None:
         trust = record.trust
         text = f"faithfulness {shown(trust.faithfulness)}; {trust.draws} random circuits {shown(trust.random)}"

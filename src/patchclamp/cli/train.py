@@ -90,6 +90,13 @@ def train(
 
     if (steps is None) == (epochs is None):
         raise TrainingError("say how long to train: give --steps or --epochs, and not both")
+    without = {
+        "--lora-alpha": lora_alpha is not None,
+        "--lora-dropout": lora_dropout != 0,
+        "--lora-targets": lora_targets != "all-linear",
+    }
+    if lora is None and any(without.values()):
+        raise TrainingError(f"{next(name for name, given in without.items() if given)} is of LoRA: give its rank, --lora 8, too")
     numbers: dict[str, Any] = {
         "batch": batch, "accumulate": accumulate, "rate": rate, "schedule": schedule, "warmup": warmup, "cooldown": cooldown,
         "floor": floor, "optimizer": optimizer, "decay": decay, "betas": betas, "epsilon": epsilon, "clip": clip or None,

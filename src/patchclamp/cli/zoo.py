@@ -64,7 +64,8 @@ def about(name: Name, as_json: Json = False) -> None:
         text = shipped.describe(own)
     except ModelError:
         if own not in recipes():
-            raise
+            known = sorted({*shipped.names(), *recipes()})
+            raise ModelError(f"the zoo has no model {own!r}: choose from {', '.join(known)}") from None
         text = _untrained(recipes()[own])
     if as_json:
         common.print_json({"model": f"zoo/{own}", "about": text})
@@ -103,10 +104,16 @@ def train(
 @zoo.command("load")
 def load(name: Name, seed: Seed = 0, as_json: Json = False) -> None:
     """Check a trained model (weights against their hash, numbers against its recipe), and say where it is and what it reaches."""
+    from patchclamp import zoo as shipped
     from patchclamp.zoo import _cache
-    from patchclamp.zoo.recipes import recipe
+    from patchclamp.zoo.recipes import recipe, recipes
 
     common.quiet()
+    own = name.removeprefix("zoo/")
+    if own in shipped.names() and own not in recipes():
+        raise PatchclampError(
+            f"zoo/{own} ships and has no recipe to check it by: Model.load('zoo/{own}') loads it, `zoo about {own}` tells of it"
+        )
     one = recipe(name)
     _cache.load(one, seed)
     _tell(_cache.name_of(one, seed), _cache.place_of(one, seed), as_json)

@@ -80,6 +80,10 @@ def _local(folder: Path) -> list[Checkpoint]:
 
 
 def _hub(name: str, revisions: Sequence[str] | None) -> list[Checkpoint]:
+    if name.startswith("zoo/"):
+        raise TrainingError(
+            f"{name} is a finished model without checkpoints: give the run of a training, a folder of them, or a hub name"
+        )
     named = list(revisions) if revisions else _listed_revisions(name)
     found: list[Checkpoint] = []
     for revision in named:
@@ -98,7 +102,10 @@ def _hub(name: str, revisions: Sequence[str] | None) -> list[Checkpoint]:
 def _listed_revisions(name: str) -> list[str]:
     """Branches and tags of a hub model that name a step."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # of what the hub is asked with  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     try:
         refs = HfApi().list_repo_refs(name)
@@ -106,7 +113,7 @@ def _listed_revisions(name: str) -> list[str]:
         raise ModelError(
             f"there is no folder {name}, and it is no hub name: give a run's folder, or a name such as EleutherAI/pythia-70m"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise ModelError(
             f"the checkpoints of {name} cannot be listed ({type(error).__name__}): give a folder, or revisions by name"
         ) from None

@@ -182,6 +182,9 @@ def _proximity_of_heads(
 RELATIONS = ("itself", "previous", "first", "duplicate", "induction", "other")
 """Where a head brings from: the same position; the one before; the first; an earlier same token; what followed one; any other."""
 
+CLASSES = ("word", "capital", "continuation", "number", "punctuation", "newline", "blank", "first")
+"""What `token_class` tells."""
+
 
 def token_class(text: str, before: str | None) -> str:
     """What kind of token this is: first, newline, number, punctuation, continuation (of a word), capital, word."""

@@ -164,7 +164,7 @@ class Plan:
             raise PatchclampError(f"{self.updates} updates were asked for: choose 1 or more")
         if self.search == "codes" and (self.parts != "nodes" or self.tied):
             raise PatchclampError(
-                f"codes are of heads, and {'a mixture' if self.tied else self.parts} was asked for: leave it out"
+                f"codes are of heads, and {'--tied' if self.tied else f'--parts {self.parts}'} was asked for: leave that out"
             )
         if self.search == "path" and self.parts != "neurons":
             raise PatchclampError(f"a path is of neurons, and {self.parts} were asked for: --parts neurons")

@@ -284,6 +284,10 @@ def _require(arms: Mapping[str, Sequence[Clamp]], seeds: Sequence[int], training
             )
         if not clamps:
             raise TrainingError(f"the arm {arm!r} has no clamps: the run without any is there by itself")
+    if training.steps < 8:
+        raise TrainingError(
+            f"a curve of {training.steps} steps was asked for: a phase change needs 8 points, so train 8 steps or more"
+        )
     if training.steps // training.evaluate < 8:
         raise TrainingError(
             f"a curve of {training.steps} steps measured every {training.evaluate} has too few points for a phase change: measure at "
