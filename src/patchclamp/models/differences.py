@@ -47,7 +47,7 @@ LINEAR = frozenset(
 PRODUCTS = frozenset(("mul", "rmul", "matmul", "rmatmul", "bmm", "multiply"))
 QUOTIENTS = frozenset(("truediv", "div", "true_divide"))
 ELEMENTWISE = frozenset(
-    ("pow", "square", "rsqrt", "sqrt", "reciprocal", "tanh", "sigmoid", "silu", "gelu", "relu", "exp", "erf", "abs")
+    ("pow", "square", "rsqrt", "sqrt", "reciprocal", "tanh", "sigmoid", "silu", "gelu", "relu", "exp", "erf", "abs", "clamp")
 )
 
 
