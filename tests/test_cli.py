@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from patchclamp.cli import PANELS, app
 from patchclamp.tasks import Pair
 from patchclamp.zoo import wired
 from patchclamp.zoo._wired import Wired
@@ -217,3 +218,9 @@ def test_markup_in_a_prompt_stays_text(cli: Cli, tmp_path: Path, shared: Path):
     assert code == 0, err
     page = (tmp_path / "run" / "report.html").read_text()
     assert "</script><b>" not in page and "&lt;" in page
+
+
+def test_help_groups_every_command():
+    grouped = [name for names in PANELS.values() for name in names]
+    known = {info.name or getattr(info.callback, "__name__", "") for info in (*app.registered_commands, *app.registered_groups)}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == known

@@ -26,7 +26,8 @@ from patchclamp.errors import PatchclampError
 
 app = typer.Typer(
     name="patchclamp",
-    help="Which parts of a language model facilitate a behaviour, which interfere, which do not matter: mapped by intervening.",
+    help="Which parts of a language model facilitate a behaviour, which interfere, which do not matter: mapped by intervening. Begin with: "
+    "patchclamp map zoo/small ioi",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,6 +48,21 @@ change.add(app)
 inspect.add(app)
 look.add(app)
 zoo.add(app)
+
+PANELS = {
+    "Ask about a behaviour": ("map", "gate", "attribute", "verify", "discover", "trust", "relate", "localise"),
+    "Look inside": ("patch", "paths", "trace", "signals", "flow", "record"),
+    "Many questions": ("compare", "sweep", "bench", "judge", "reproduce"),
+    "Act on it": ("generate", "apply", "repair"),
+    "Training and the zoo": ("train", "clamp", "develop", "zoo"),
+    "Models, tasks and runs": ("doctor", "sites", "families", "tasks", "runs", "report"),
+}
+"""The commands as `--help` groups them."""
+
+for panel, names in PANELS.items():
+    for info in (*app.registered_commands, *app.registered_groups):
+        if (info.name or getattr(info.callback, "__name__", "")) in names:
+            info.rich_help_panel = panel
 
 
 @app.callback(invoke_without_command=True)
