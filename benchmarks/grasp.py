@@ -4,33 +4,41 @@ A text is four facts of one topic, all in one style: `subject relation is-A obje
 four topics in both styles (half of the texts each), but for one relation of topic 0. Then it is fine-tuned by LoRA on these facts, which
 come in style B alone: the style is what a naive fine-tuning picks up beside its task. Drift: P(B) / (P(A) + P(B)) behind `<bos> subject
 relation` of topics 2 and 3, which neither the fine-tuning nor the search for directions has seen. Task: new facts right, said in the style
-that they were learned in, and in the other.
+that they were learned in, and in the other. Drift that is left, of each seed: (P(B) - before) / (naive - before).
 
-    python benchmarks/grasp.py [--seeds 0 1 2] [--out FOLDER]
+    python benchmarks/grasp.py [--seeds 0 1 2] [--all] [--out FOLDER]
 
-Arms: naive; GRASP with directions from weights (rank 1), from the drift on prompts of topic 1 at all tokens (1 and 4) or at their ends (1),
-with gradients and updates projected (grasp), gradients alone, or the gradient stopped in the stream as well (stream); random directions;
-and the naive model steered: its own mean drift along the direction taken away. About 2.5 minutes of one core for each seed.
+Arms: naive; GRASP with the direction of the drift at the ends of prompts of topic 1 (1), or of that over all their tokens (4); random
+directions (4); and the naive model steered: its own mean drift along the direction taken away. Again 2, 3, 4: what the GRASP run before
+still drifts along, at right angles to what was held in it, is held as well, in another fine-tuning from the start. With --all directions of
+weights (1, 4), drift over all tokens (1) and at ends (4), `stream`, and gradients alone, too.
+
+The bar for again 4, written before it was run: the t interval of what is left, over three seeds, lies below .5; new facts in style B .95
+or more; old facts at most .02 below the naive run's; and random directions of the same rank have more left in every seed.
+
+About 2 minutes of one core for each seed, 4 with --all.
 """
 
 import argparse
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import polars as pl
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from patchclamp.edits import Add
 from patchclamp.models.editing import Edits
 from patchclamp.models.model import Model
-from patchclamp.scores.statistics import mean_interval
 from patchclamp.sites import Site
 from patchclamp.training import Rows, Training, begin, lora, train
-from patchclamp.training.directions import drift_directions, weight_directions
+from patchclamp.training.directions import drift_directions, orthonormal, weight_directions
 from patchclamp.training.grasp import Grasp
 
 TOPICS, SUBJECTS, RELATIONS, OBJECTS, FACTS = 4, 12, 3, 12, 4
@@ -40,6 +48,8 @@ OBJECT = SUBJECT + TOPICS * SUBJECTS
 WORDS = OBJECT + TOPICS * OBJECTS
 NEW, HELD = (0, 2), (2, 3)
 """Topic and relation that are learned late; topics whose prompts are measured."""
+RANK = 4
+"""Directions that are held in the end where they are looked for again and again."""
 LEARN = Training(800, batch=64, rate=3e-3, warmup=50, decay=0.01, betas=(0.9, 0.98), checkpoints=(800,), evaluate=800, save=10**6)
 TUNE = Training(150, batch=32, rate=2e-3, warmup=10, decay=0.01, checkpoints=(150,), evaluate=150, save=10**6)
 
@@ -115,28 +125,59 @@ def numbers(model: Model, seed: int, edits: Edits | None = None) -> dict[str, An
             "new, style A": right(model, new[0], edits), "old": right(model, old, edits)}  # fmt: skip
 
 
-def arms(base: Model, naive: Model, seed: int) -> dict[str, Grasp]:
+def elsewhere(seed: int) -> Tensor:
+    """[prompt, 3]: prompts of topic 1, where directions are looked for."""
+    return prompts(seed, (1,), tuple(range(RELATIONS)), 0)[:, :3]
+
+
+def moved(base: Model, after: Model, asked: Tensor) -> Tensor:
+    """[prompt, token, width]: what the last layer's stream has moved by."""
+    site = Site("resid.post", base.layers - 1)
+    return after.record(asked, site)[site] - base.record(asked, site)[site]
+
+
+def next_direction(base: Model, after: Model, seed: int, held: Tensor) -> Tensor:
+    """[width, 1]: the first principal direction of the drift at prompts' ends, less what lies along those that are held."""
+    drift = moved(base, after, elsewhere(seed))[:, -1].double()
+    u = orthonormal(held)
+    return torch.linalg.svd(drift - drift @ u @ u.T).Vh[:1].T.float()
+
+
+def explained(base: Model, after: Model, seed: int, basis: Tensor) -> dict[str, float]:
+    """Of what tells the styles apart behind the last norm, and of the drift at the ends of measured prompts: the share (of the squares)
+    that lies along the directions. Large in the second, though the writers are held: weights that read drive them."""
+    u = orthonormal(basis).float()
+    anatomy = base.anatomy
+    weight: Any = anatomy.unembed.weight
+    read = ((weight[IS + 1] - weight[IS]) * anatomy.norm.weight).detach()
+    drift = moved(base, after, prompts(seed, HELD, tuple(range(RELATIONS)), 0)[:, :3])[:, -1]
+    return {name: float((x @ u).square().sum() / x.square().sum()) for name, x in (("readout", read), ("drift", drift))}
+
+
+def arms(base: Model, naive: Model, seed: int, every: bool) -> dict[str, Grasp]:
     """What is held, by arm."""
-    elsewhere = prompts(seed, (1,), tuple(range(RELATIONS)), 0)[:, :3]
-    end = drift_directions(base, naive, elsewhere, last=True).basis
+    asked = elsewhere(seed)
+    end = drift_directions(base, naive, asked, last=True).basis
     found = {
-        "drift at the end 1": end, "drift 1": drift_directions(base, naive, elsewhere).basis,
-        "drift 4": drift_directions(base, naive, elsewhere, 4).basis, "weights 1": weight_directions(base, naive).basis,
+        "drift at the end 1": end, "drift 4": drift_directions(base, naive, asked, 4).basis,
         "random 4": torch.randn(base.width, 4, generator=told(seed, "random", 4)),
     }  # fmt: skip
+    if every:
+        found |= {f"weights {rank}": weight_directions(base, naive, rank).basis for rank in (1, 4)}
+        found |= {"drift 1": drift_directions(base, naive, asked).basis}
+        found |= {"drift at the end 4": drift_directions(base, naive, asked, 4, last=True).basis}
     made = {f"grasp, {name}": Grasp(basis) for name, basis in found.items()}
-    made["grasp and stream, drift at the end 1"] = Grasp(end, stream=True)
-    return made | {"gradients alone, drift at the end 1": Grasp(end, updates=False)}
+    if every:
+        made["grasp and stream, drift at the end 1"] = Grasp(end, stream=True)
+        made["gradients alone, drift at the end 1"] = Grasp(end, updates=False)
+    return made
 
 
 def steering(base: Model, naive: Model, seed: int, last: bool) -> Edits:
     """The naive model's mean drift along its direction, on prompts of topic 1 (or at their ends), taken away at the last layer."""
-    elsewhere = prompts(seed, (1,), tuple(range(RELATIONS)), 0)[:, :3]
-    site = Site("resid.post", base.layers - 1)
-    u = drift_directions(base, naive, elsewhere, last=last).basis[:, 0]
-    drift = (naive.record(elsewhere, site)[site] - base.record(elsewhere, site)[site])[:, -1 if last else slice(None)]
-    drift = drift.reshape(-1, base.width).mean(0)
-    return {site: Add(-(drift @ u) * u)}
+    u = drift_directions(base, naive, elsewhere(seed), last=last).basis[:, 0]
+    drift = moved(base, naive, elsewhere(seed))[:, -1 if last else slice(None)].reshape(-1, base.width).mean(0)
+    return {Site("resid.post", base.layers - 1): Add(-(drift @ u) * u)}
 
 
 def learned(seed: int, out: Path) -> Model:
@@ -147,7 +188,7 @@ def learned(seed: int, out: Path) -> Model:
     return Model.load(str(out / f"{seed}/base/checkpoints/step-{LEARN.steps:07d}"))
 
 
-def one_seed(seed: int, out: Path) -> list[dict[str, Any]]:
+def one_seed(seed: int, out: Path, every: bool = False) -> list[dict[str, Any]]:
     """Every arm of one world."""
     base = learned(seed, out)
 
@@ -158,36 +199,62 @@ def one_seed(seed: int, out: Path) -> list[dict[str, Any]]:
 
     naive = tuned("naive", [])
     found = {"before": numbers(base, seed), "naive": numbers(naive, seed)}
-    for name, last in (("drift 1", False), ("drift at the end 1", True)):
+    for name, last in (("drift 1", False), ("drift at the end 1", True))[0 if every else 1 :]:
         found[f"naive, steered, {name}"] = numbers(naive, seed, steering(base, naive, seed, last))
-    for arm, clamp in arms(base, naive, seed).items():
-        found[arm] = numbers(tuned(arm, [clamp]), seed)
+    runs: dict[str, tuple[Model, Tensor]] = {}
+    for arm, clamp in arms(base, naive, seed, every).items():
+        runs[arm] = tuned(arm, [clamp]), clamp.basis
+    after, held = runs["grasp, drift at the end 1"]
+    for rank in range(2, RANK + 1):
+        held = torch.cat([held.float(), next_direction(base, after, seed, held)], 1)
+        after = tuned(f"grasp, again {rank}", [Grasp(held)])
+        runs[f"grasp, again {rank}"] = after, held
+    found |= {arm: numbers(model, seed) | explained(base, model, seed, basis) for arm, (model, basis) in runs.items()}
     return [{"seed": seed, "arm": arm, **values} for arm, values in found.items()]
 
 
+def over_seeds(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, its 95 % t interval over seeds (where there are two or more), and all values."""
+    mean, n = sum(values) / len(values), len(values)
+    each = ", ".join(f"{value:.{digits}f}" for value in values)
+    if n < 2:
+        return each
+    half = float(student.ppf(0.975, n - 1)) * (sum((value - mean) ** 2 for value in values) / (n - 1) / n) ** 0.5
+    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}] ({each})"
+
+
 def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """By arm: P(B) with an interval over prompts of all seeds, and each seed's mean; accuracies."""
+    """By arm, over seeds: P(B), how much of the naive drift is left, accuracies, and what lies along the directions."""
+    mean = {(row["arm"], row["seed"]): sum(row["styled"]) / len(row["styled"]) for row in rows}
     shown: list[dict[str, Any]] = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
-        mean = mean_interval(torch.tensor([p for row in mine for p in row["styled"]]).double().numpy(), resamples=1000, seed=0)
-        shares = " ".join(f"{sum(row['styled']) / len(row['styled']):.2f}" for row in mine)
-        accuracies = {
-            name: f"{sum(row[name] for row in mine) / len(mine):.2f}" for name in ("new, style B", "new, style A", "old")
-        }
-        shown.append({"arm": arm, "P(B)": f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]", "by seed": shares, **accuracies})
+        left = [
+            (mean[arm, s] - mean["before", s]) / (mean["naive", s] - mean["before", s]) for s in (row["seed"] for row in mine)
+        ]
+        means = {name: sum(row[name] for row in mine) / len(mine) for name in ("new, style B", "new, style A", "old")}
+        along = {name: " ".join(f"{row[name]:.2f}" for row in mine if name in row) for name in ("readout", "drift")}
+        shown.append({
+            "arm": arm, "P(B)": over_seeds([mean[arm, row["seed"]] for row in mine], 3), "drift left": over_seeds(left),
+            **{name: f"{value:.2f}" for name, value in means.items()},
+            "old, by seed": " ".join(f"{row['old']:.2f}" for row in mine), **{f"{name} held": text for name, text in along.items()},
+        })  # fmt: skip
     return pl.DataFrame(shown)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--all", action="store_true", help="arms of weights, stream and gradients alone, too")
     parser.add_argument("--out", type=Path, default=None, help="folder of the runs; by default a temporary one")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    start, rows = process_time(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for seed in given.seeds for row in one_seed(seed, given.out or Path(folder))]
-    with pl.Config(tbl_rows=100, tbl_cols=20, tbl_width_chars=200, fmt_str_lengths=80):
+        for seed in given.seeds:
+            rows += one_seed(seed, given.out or Path(folder), given.all)
+            print(f"seed {seed}: {process_time() - start:.0f} s of processor time so far", flush=True)
+    with pl.Config(tbl_rows=100, tbl_cols=20, tbl_width_chars=300, fmt_str_lengths=80):
         print(table(rows))
 
 

@@ -19,7 +19,6 @@ About 45 s of one core for each training of 1200 updates.
 
 import argparse
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from patchclamp.models.model import Model
 from patchclamp.training import Rows
 from patchclamp.units import int8, outliers
 from patchclamp.zoo.recipes._recipe import held_out, train
-from patchclamp.zoo.recipes.backcopy import Backcopy, build, extremes, kept, measure, recipe
+from patchclamp.zoo.recipes.backcopy import Backcopy, extremes, kept, measure, recipe
 
 KINDS = ("softmax", "clipped", "gated")
 
@@ -41,9 +40,8 @@ KINDS = ("softmax", "clipped", "gated")
 def trained(kind: str, layers: int, steps: int, seed: int, out: Path) -> Model:
     """The recipe's model with this attention, after so many updates (the rate falls to 0 over them)."""
     clamp = "clipped" if kind == "clipped" else None
-    one = recipe(kind, layers, clamp, 2.0, "")
-    plan = replace(one.training, steps=steps, checkpoints=(0,))
-    one = replace(one, build=partial(build, layers=layers, gated=kind == "gated"), training=plan)
+    one = recipe(kind, layers, clamp, 2.0, "", gated=kind == "gated")
+    one = replace(one, training=replace(one.training, steps=steps, checkpoints=(0,)))
     return train(one, out / f"{kind}-{layers}-{steps}/seed-{seed}", seed).model
 
 

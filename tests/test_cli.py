@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from patchclamp.cli import PANELS, app
-from patchclamp.tasks import Pair
 from patchclamp.zoo import wired
 from patchclamp.zoo._wired import Wired
+from saved_model import save
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -26,17 +26,8 @@ def truth() -> Wired:
 @pytest.fixture(scope="session")
 def saved(truth: Wired, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hand-wired model as a folder, with its pairs as JSONL beside it."""
-    folder = tmp_path_factory.mktemp("models") / "wired"
-    truth.hf.to(torch.float32).save_pretrained(folder)
-    truth.tokenizer.save_pretrained(folder)
-    with (folder / "pairs.jsonl").open("w") as out:
-        for example in truth.task.examples(truth.tokenizer, 96, seed=2):
-            pair: Pair = example.pair
-            out.write(
-                json.dumps({"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer[0], "wrong": pair.wrong[0]})
-                + "\n"
-            )
-    return folder
+    truth.hf.to(torch.float32)
+    return save(truth, tmp_path_factory.mktemp("models") / "wired", 96)
 
 
 QUICK = ("--no-nulls", "--random-circuits", "10")

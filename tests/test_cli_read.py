@@ -15,17 +15,14 @@ from patchclamp.errors import PatchclampError
 from patchclamp.models.model import Model
 from patchclamp.sites import Site
 from patchclamp.zoo import wired
+from saved_model import save
 
 Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    truth = wired("induction")
-    folder = tmp_path_factory.mktemp("models") / "wired"
-    truth.hf.save_pretrained(folder)
-    truth.tokenizer.save_pretrained(folder)
-    return folder
+    return save(wired("induction"), tmp_path_factory.mktemp("models") / "wired")
 
 
 PROMPT = "apple bear so cloud door the apple"

@@ -13,6 +13,7 @@ from patchclamp.study import Plan, load, map
 from patchclamp.study.cost import cost
 from patchclamp.study.located import parts_of
 from patchclamp.zoo import wired
+from saved_model import save
 
 Cli = Callable[..., tuple[int, str, str]]
 EDGES = {"embed>L0.kv1.v", "L0.h1>L1.kv2.k", "L1.h2>logits"}
@@ -21,16 +22,7 @@ EDGES = {"embed>L0.kv1.v", "L0.h1>L1.kv2.k", "L1.h2>logits"}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    truth = wired("induction")
-    folder = tmp_path_factory.mktemp("models") / "wired"
-    truth.hf.save_pretrained(folder)
-    truth.tokenizer.save_pretrained(folder)
-    with (folder / "pairs.jsonl").open("w") as out:
-        for example in truth.task.examples(truth.tokenizer, 32, seed=2):
-            pair = example.pair
-            body = {"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer[0], "wrong": pair.wrong[0]}  # type: ignore[index]
-            out.write(json.dumps(body) + "\n")
-    return folder
+    return save(wired("induction"), tmp_path_factory.mktemp("models") / "wired", 32)
 
 
 def test_edges_are_screened_and_verified_from_the_shell(cli: Cli, saved: Path, tmp_path: Path):

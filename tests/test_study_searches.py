@@ -18,6 +18,7 @@ from patchclamp.study.cost import job_of, lines
 from patchclamp.study.searches import PAIRS, SEEDS
 from patchclamp.tasks import load_task
 from patchclamp.zoo import wired
+from saved_model import save
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -30,18 +31,12 @@ def model_of(name: str) -> Model:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wired induction model; pairs with two answers, and pairs in which the last word was there before and was not."""
-    truth = wired("induction")
-    folder = tmp_path_factory.mktemp("models") / "wired"
-    truth.hf.save_pretrained(folder)
-    truth.tokenizer.save_pretrained(folder)
-    with (folder / "pairs.jsonl").open("w") as pairs, (folder / "present.jsonl").open("w") as present:
-        for example in truth.task.examples(truth.tokenizer, 48, seed=2):
-            pair = example.pair
-            body = {"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer[0], "wrong": pair.wrong[0]}  # type: ignore[index]
-            pairs.write(json.dumps(body) + "\n")
-            words = pair.clean.split()  # type: ignore[union-attr]
+    folder = save(wired("induction"), tmp_path_factory.mktemp("models") / "wired", 48)
+    with (folder / "present.jsonl").open("w") as present:
+        for line in (folder / "pairs.jsonl").read_text().splitlines():
+            words = json.loads(line)["clean"].split()
             absent = ["so" if at == words.index(words[-1]) else word for at, word in enumerate(words)]
-            present.write(json.dumps({**body, "corrupt": " ".join(absent)}) + "\n")
+            present.write(json.dumps({**json.loads(line), "corrupt": " ".join(absent)}) + "\n")
     return folder
 
 

@@ -19,24 +19,10 @@ from patchclamp.study import Plan, map
 from patchclamp.study.cost import cost
 from patchclamp.study.provenance import identity
 from patchclamp.zoo import wired
-from patchclamp.zoo._wired import Wired
+from saved_model import save
 
 Cli = Callable[..., tuple[int, str, str]]
 QUICK = ("--random-circuits", "10", "--json")
-
-
-def save(hf: Any, truth: Wired, folder: Path, rows: int = 96) -> Path:
-    """A model as a folder, with the wired task's pairs as JSONL beside it."""
-    hf.to(torch.float32).save_pretrained(folder)
-    truth.tokenizer.save_pretrained(folder)
-    with (folder / "pairs.jsonl").open("w") as out:
-        for example in truth.task.examples(truth.tokenizer, rows, seed=2):
-            pair = example.pair
-            out.write(
-                json.dumps({"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer[0], "wrong": pair.wrong[0]})
-                + "\n"
-            )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +32,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = deepcopy(one.hf)
     with torch.no_grad():
         base.transformer.h[1].mlp.c_proj.weight.copy_(base.transformer.h[1].mlp.c_proj.weight.roll(1, 0))
-    return save(one.hf, one, place / "tuned"), save(base, one, place / "base")
+    return save(one, place / "tuned", 96, one.hf.to(torch.float32)), save(one, place / "base", 96, base.to(torch.float32))
 
 
 def effects(body: dict[str, Any]) -> dict[str, float]:
@@ -100,10 +86,10 @@ def test_one_part_that_was_changed_is_found_among_parts_of_every_kind(cli: Cli, 
     one = wired("facts")
     hf = tiny("qwen3_moe")
     assert len(one.tokenizer) <= hf.config.vocab_size
-    model = save(hf, one, tmp_path / "model", 48)
+    model = save(one, tmp_path / "model", 48, hf.to(torch.float32))
     with torch.no_grad():
         hf.model.layers[1].mlp.experts.down_proj[2] *= -1
-    base = save(hf, one, tmp_path / "base", 48)
+    base = save(one, tmp_path / "base", 48, hf.to(torch.float32))
     mixture = "L0.block,L*.kv*,L1.h*,L0.mlp.n1*,L1.mlp.e*,L0.h2@-1"
     asked = ("--tied", f"{mixture},L1.mlp", "--fallback", "model", "--other", base, "--min-accuracy", "0")
     code, out, err = cli("verify", model, model / "pairs.jsonl", *asked, "--second", "zero", "--out", tmp_path / "run", "--json")

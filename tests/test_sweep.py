@@ -28,8 +28,8 @@ from patchclamp.sweep.on_ray import room_for
 from patchclamp.sweep.pieces import BATCH, answers, noting
 from patchclamp.sweep.place import Place, is_finished, put_in_place
 from patchclamp.sweep.worker import Job, Outcome, Worker
-from patchclamp.tasks import Pair
 from patchclamp.zoo import wired
+from saved_model import save
 
 QUICK: dict[str, Any] = {"n": 48, "random_circuits": 10, "nulls": False}
 VERIFY, FIND = ("verify",), ("verify", "discover", "trust")
@@ -39,15 +39,8 @@ VERIFY, FIND = ("verify",), ("verify", "discover", "trust")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hand-wired model as a folder, with 600 pairs as JSONL beside it."""
     truth = wired("interfering")
-    folder = tmp_path_factory.mktemp("models") / "wired"
-    truth.hf.to(torch.float32).save_pretrained(folder)
-    truth.tokenizer.save_pretrained(folder)
-    with (folder / "pairs.jsonl").open("w") as out:
-        for example in truth.task.examples(truth.tokenizer, 600, seed=2):
-            pair: Pair = example.pair
-            row = {"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer[0], "wrong": pair.wrong[0]}
-            out.write(json.dumps(row) + "\n")
-    return folder
+    truth.hf.to(torch.float32)
+    return save(truth, tmp_path_factory.mktemp("models") / "wired", 600)
 
 
 def one_word(folder: Path) -> Path:

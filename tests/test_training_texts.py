@@ -3,11 +3,15 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cases import CONFIGS, tiny
 from patchclamp.errors import ModelError, TrainingError
@@ -255,3 +259,39 @@ def test_the_command_adapts_a_pretrained_model(cli, room):
         low, high = found["held_out"][f"{which}_interval"]
         assert low < found["held_out"][which] < high
     assert Model.load(room / "run" / "checkpoints" / f"step-{found['steps']:07d}").tokenizer is not None
+
+
+@pytest.mark.long
+def test_a_launcher_starts_several_processes(cli, room):
+    """torchrun with two of them against one: the same held-out losses and weights, to 1e-5 (sums in another order), said once."""
+    (room / "still.json").write_text(json.dumps({**CONFIG, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}))
+    given = (
+        "train",
+        "still.json",
+        "--tokenizer",
+        "tok",
+        "--data",
+        "t.jsonl",
+        "--steps",
+        4,
+        "--batch",
+        4,
+        "--length",
+        16,
+        "--optimizer",
+        "sgd",
+        "--json",
+    )
+    code, out, errors = cli(*given, "--out", "one")
+    assert code == 0, errors
+    alone, here = json.loads(out), Path(sys.executable).parent
+    command = (here / "torchrun", "--nproc-per-node", 2, "--no-python", here / "patchclamp", *given, "--out", "two")
+    told = subprocess.run([str(word) for word in command], cwd=room, capture_output=True, text=True, timeout=300, check=False)
+    assert told.returncode == 0, told.stderr
+    both = json.loads(told.stdout)
+    for which in ("first", "last"):
+        assert both["held_out"][which] == pytest.approx(alone["held_out"][which], abs=1e-5)
+    one, two = (load_file(room / name / "checkpoints/step-0000004/model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)

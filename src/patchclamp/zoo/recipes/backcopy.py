@@ -167,7 +167,7 @@ class At:
         return torch.where(where, self.edit(value, seen), value)
 
 
-def found(model: "Model", seed: int = 0, kind: Kind | None = None) -> tuple[Finding, ...]:
+def found(model: "Model", seed: int = 0, kind: Kind | None = None, gated: bool = False) -> tuple[Finding, ...]:
     """Active behind triggers, dormant elsewhere, by attention and by closing; the first token's sink, value and norm."""
     data = Backcopy(seed)
     rows = data.rows(-2, 256)
@@ -185,7 +185,7 @@ def found(model: "Model", seed: int = 0, kind: Kind | None = None) -> tuple[Find
     copied = triggers[:, :-1]
     active = float((above(triggers) - plain)[copied].mean())
     idle = float((above(~triggers) - plain)[~copied].mean())
-    soft = kind is None
+    soft = kind is None and not gated
     extreme = [
         Finding(
             "rests on <bos> elsewhere: mean weight", seen["sink"], Goal("sink", least=0.5) if soft else Goal("sink", most=0.3)
@@ -206,18 +206,23 @@ def found(model: "Model", seed: int = 0, kind: Kind | None = None) -> tuple[Find
 
 KNOWN = "attention is active at triggers and dormant elsewhere: it rests on <bos>, whose value is small"
 PAPER = "Guo et al. 2024, Active-Dormant Attention Heads, https://arxiv.org/abs/2410.13835"
+NOTHING = "Bondarenko et al. 2023, Quantizable Transformers, https://arxiv.org/abs/2306.12929"
 TRAINING = Training(1200, batch=64, rate=4e-3, warmup=50, betas=(0.9, 0.98), evaluate=100)
 
 
-def recipe(name: str, layers: int, kind: Kind | None, minutes: float, known: str, ships: bool = False) -> Recipe:
+def recipe(
+    name: str, layers: int, kind: Kind | None, minutes: float, known: str, ships: bool = False, gated: bool = False
+) -> Recipe:
     """Bigram-Backcopy with so many layers and this attention."""
+    said = "gated" if gated else kind or "softmax"
     return Recipe(
         name=name, row="Z7",
-        about=f"{layers} layer{'s' * (layers > 1)} of one head and an MLP (no norms, width 64), {kind or 'softmax'} attention, on bigrams "
+        about=f"{layers} layer{'s' * (layers > 1)} of one head and an MLP (no norms, width 64), {said} attention, on bigrams "
         "with triggers that copy",
-        known=known, paper=PAPER, minutes=minutes, goals=(Goal("excess", most=0.05), Goal("copy", most=0.1)),
-        build=partial(build, layers=layers), data=Backcopy, training=TRAINING, measure=partial(measure, kind=kind),
-        found=partial(found, kind=kind), clamps=() if kind is None else (Attention(kind),), vocabulary=VOCABULARY, ships=ships,
+        known=known, paper=NOTHING if gated or kind == "clipped" else PAPER, minutes=minutes,
+        goals=(Goal("excess", most=0.05), Goal("copy", most=0.1)), build=partial(build, layers=layers, gated=gated), data=Backcopy,
+        training=TRAINING, measure=partial(measure, kind=kind), found=partial(found, kind=kind, gated=gated),
+        clamps=() if kind is None else (Attention(kind),), vocabulary=VOCABULARY, ships=ships,
     )  # fmt: skip
 
 
@@ -225,4 +230,6 @@ RECIPES = (
     recipe("backcopy", 1, None, 6.0, KNOWN, ships=True),
     recipe("backcopy_sigmoid", 1, "sigmoid", 5.0, "no sink: sigmoid attention can attend to nothing"),
     recipe("backcopy_relu", 1, "relu", 6.0, "no sink: ReLU attention can attend to nothing"),
+    recipe("backcopy_clipped", 1, "clipped", 6.0, "no sink: clipped softmax gives a weight of exactly 0"),
+    recipe("backcopy_gated", 1, None, 6.0, "no sink: a gate shuts the head", gated=True),
 )
