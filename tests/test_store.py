@@ -20,6 +20,7 @@ from patchclamp.scores import Scores
 from patchclamp.sites import Edge, Site
 from patchclamp.store import Run, digest, load_plan, load_record, runs, weights_hash
 from patchclamp.store.codec import Encoded, decode, dumps, encode
+from patchclamp.store.manifest import Manifest
 
 PLAN = {"metric": "logit_diff", "seed": 0}
 SRC = Path(__file__).resolve().parent.parent / "src"
@@ -180,6 +181,58 @@ def test_ctrl_c_keeps_finished_steps(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), opened(tmp_path / "b" / "c") as run:
         run.step("one", pressed)
     assert not (tmp_path / "b").exists()  # nothing was finished: nothing to keep
+
+
+def test_pieces_of_a_step_are_kept_until_it_is_done(tmp_path: Path) -> None:
+    """Cut off between two pieces: the first is not computed again, and the step counts their time; then nothing of them is left."""
+    calls: list[str] = []
+
+    def half(name: str) -> dict[str, float]:
+        calls.append(name)
+        time.sleep(0.05)
+        return {"x": float(np.random.default_rng(len(name)).normal())}
+
+    def whole(run: Run, cut: bool) -> dict[str, float]:
+        one = run.piece("two", "a", half, "one")
+        if cut:
+            raise KeyboardInterrupt
+        return {"sum": one["x"] + run.piece("two", "b", half, "three")["x"]}
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), opened(folder) as run:
+        run.step("two", whole, run, True)
+    assert runs(tmp_path)[0].status == "unfinished" and not Manifest.read(folder).done
+    with pytest.raises(StoreError, match=r"not finished \(0 steps are\)"):
+        load_record(folder)
+    with opened(folder) as run:
+        assert not run.seconds
+        found = run.step("two", whole, run, False)
+        assert calls == ["one", "three"] and run.seconds["two"] >= 0.1
+    assert found == {"sum": sum(float(np.random.default_rng(size).normal()) for size in (3, 5))}
+    assert list(Manifest.read(folder).steps) == ["two"] and [path.name for path in (folder / "steps").iterdir()] == ["two.json"]
+    assert Run.unsaved().step("two", whole, Run.unsaved(), False) == found
+
+
+def test_a_failed_command_takes_its_pieces_away(tmp_path: Path) -> None:
+    """Those of an earlier session stay, as long as their step is not done."""
+
+    def broken(run: Run, name: str) -> dict[str, int]:
+        run.piece("two", name, lambda: {"x": 1})
+        return fail()
+
+    with opened(tmp_path / "run") as run:
+        run.step("one", lambda: {"x": 1})
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path / "run") as run:
+        run.piece("two", "a", lambda: {"x": 1})
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="boom"), opened(tmp_path / "run") as run:
+        run.step("two", broken, run, "b")
+    assert list(Manifest.read(tmp_path / "run").steps) == ["one", "two.a"]
+    with pytest.raises(ValueError, match="boom"), opened(tmp_path / "run") as run:
+        run.step("two", lambda: {"x": run.piece("two", "a", refuse)["x"]})
+        run.step("three", fail)
+    assert list(Manifest.read(tmp_path / "run").steps) == ["one"]
+    assert sorted(path.name for path in (tmp_path / "run/steps").iterdir()) == ["one.json"]
 
 
 # --- failing

@@ -98,6 +98,45 @@ def test_a_killed_run_goes_on_with_the_same_numbers(truth: Wired, model: Model, 
     assert again.record.trust == whole.record.trust
 
 
+def test_gates_that_are_killed_within_their_step_go_on_behind_the_last_descent(
+    truth: Wired, model: Model, tmp_path: Path, monkeypatch
+):
+    """Killed in each descent in turn: none that was done is made again, and the gates are those of a run that nobody disturbed."""
+
+    class Killed(BaseException):
+        """As Ctrl-C."""
+
+    two = gating_settings(
+        "default", seeds=2, batch=4, free=Stage(2, 1.0, 0.1), pressed=Stage(2, 1.0, 0.1), null_seeds=1, refits=2
+    )
+    monkeypatch.setattr(Plan, "gating", two)
+    plan, titles = replace(PLAN, n=48), list[str]()
+
+    def mapped(folder: Path, die_in: str = "") -> Study:
+        def tell(title: str, done: int, of: int) -> None:
+            titles.append(title)
+            if title == die_in and done == 1:
+                raise Killed
+
+        titles.clear()
+        with open_run(folder, model, truth.task, plan) as run:
+            return map(model, truth.task, plan, run, do=("gate",), progress=tell)
+
+    whole = mapped(tmp_path / "whole")
+    descents = [title for title in dict.fromkeys(titles) if title.rpartition(": ")[2] in ("G", "G+ and G-")]
+    assert len(descents) == 6
+    for number, title in enumerate(descents):
+        with pytest.raises(Killed):
+            mapped(tmp_path / "run", title)
+        assert not set(descents[: max(number - 1, 0)]) & set(titles), title  # the last one was killed, and is made again
+    again = mapped(tmp_path / "run")
+    assert not set(descents[:-1]) & set(titles) and descents[-1] in titles
+    assert again.scores.equals(whole.scores)
+    assert sorted(path.name for path in (tmp_path / "run/steps").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole/steps").iterdir()
+    )
+
+
 def test_a_part_of_a_map_can_be_asked_for(truth: Wired, model: Model):
     some = map(model, truth.task, PLAN, do=("attribute",))
     assert "integrated" in some.scores.columns and "role" not in some.scores.columns and some.circuit is None

@@ -1,9 +1,9 @@
 """Fitting gates: causal head gating (Nam et al. 2025, https://arxiv.org/abs/2505.13737) over the parts of any `Parts`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,21 @@ from patchclamp.gating.objective import GatingSettings, Stage
 from patchclamp.parts import Fallback, Parts, sites_of
 from patchclamp.sites import Site
 from patchclamp.tasks import Examples
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Keep(Protocol):
+    """Computes `function(*args, **kwargs)`, or gives back what it was when a piece of this name was computed before."""
+
+    def __call__(self, name: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+
+def at_once(name: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Computes it: nothing is kept."""
+    return function(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +102,7 @@ def fit(
     settings: GatingSettings = GatingSettings(),
     *,
     progress: Progress | None = None,
+    keep: Keep = at_once,
 ) -> Gated:
     """Learn G, G+ and G- for every seed.
 
@@ -100,6 +116,7 @@ def fit(
         fallback: what a closed gate passes.
         settings: see `GatingSettings`.
         progress: called after each update.
+        keep: computes each descent ("G", "pressed"), or gives back what it was when it was computed before.
 
     Cost: per update, one forward and one backward pass over the batch per seed (free) or two (pressed), and one forward pass
     for the fallback.
@@ -111,13 +128,14 @@ def fit(
     began, ready = time.perf_counter(), balanced(examples, settings)
     start = random_logits(len(parts.counted), range(settings.seed, settings.seed + settings.seeds), settings)
     none = torch.zeros(settings.seeds)
-    free = descend(
-        parts, ready.batches(settings.batch, settings.seed, 0), fallback, start, none, settings.free, settings, "G", progress
-    )
+    free = keep(
+        "G", descend, parts, ready.batches(settings.batch, settings.seed, 0), fallback, start, none, settings.free, settings, "G",
+        progress,
+    )  # fmt: skip
     ends = torch.from_numpy(free.logits)
     sign = torch.ones(settings.seeds) * settings.lam
-    pressed = press(
-        parts, ready.batches(settings.batch, settings.seed, 1), fallback, torch.cat([ends, ends]), torch.cat([sign, -sign]),
+    pressed = keep(
+        "pressed", press, parts, ready.batches(settings.batch, settings.seed, 1), fallback, torch.cat([ends, ends]), torch.cat([sign, -sign]),
         settings.pressed, settings, "G+ and G-", progress,
     )  # fmt: skip
     about = {

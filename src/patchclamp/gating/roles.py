@@ -6,7 +6,7 @@ only with every safeguard of `roles`.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from patchclamp.errors import TaskError
 from patchclamp.gating.descent import Progress
-from patchclamp.gating.fit import Gated, fit, refit
+from patchclamp.gating.fit import Gated, Keep, P, T, at_once, fit, refit
 from patchclamp.gating.judge import Evidence, calls, judge, most
 from patchclamp.gating.nulls import REINITIALISED, SHUFFLED, on_twin, twin_of
 from patchclamp.gating.objective import GatingSettings
@@ -100,6 +100,7 @@ def roles(
     settings: GatingSettings = GatingSettings(),
     *,
     progress: Progress | None = None,
+    keep: Keep = at_once,
 ) -> Roles:
     """Fit gates, fit their nulls, and keep the roles that stand.
 
@@ -124,6 +125,7 @@ def roles(
         fallback: what a closed gate passes, in the fit and in every judgement.
         settings: see `GatingSettings`.
         progress: told of every update of every fit.
+        keep: computes each descent, or gives back what it was when it was computed before (`Run.piece`).
 
     Cost: see `fit`, once for the gates and once for each null with `null_seeds` seeds; two refits; `judge` for each.
 
@@ -133,11 +135,11 @@ def roles(
     """
     clock = _Clock()
     held = select.take(range(min(len(select), settings.held_out)))
-    gated = fit(parts, fit_on, fallback, settings, progress=progress)
+    gated = fit(parts, fit_on, fallback, settings, progress=progress, keep=keep)
     clock("fit")
     evidence = judge(parts, gated, held, fallback, settings.seed)
     clock("judge")
-    nulls, warnings = _nulls(parts, fit_on, held, fallback, settings, progress)
+    nulls, warnings = _nulls(parts, fit_on, held, fallback, settings, progress, keep)
     clock("nulls")
     fragile = _fragile(parts, gated, fit_on, fallback, progress)
     clock("lambda")
@@ -168,7 +170,13 @@ class _Clock:
 
 
 def _nulls(
-    parts: Parts, fit_on: Examples, held: Examples, fallback: Fallback, settings: GatingSettings, progress: Progress | None
+    parts: Parts,
+    fit_on: Examples,
+    held: Examples,
+    fallback: Fallback,
+    settings: GatingSettings,
+    progress: Progress | None,
+    keep: Keep,
 ) -> tuple[list[tuple[Null, Gated]], list[str]]:
     """The same fit with answers permuted (in the fit and in what judges it), and on re-initialised weights."""
     if not settings.null_seeds:
@@ -176,7 +184,7 @@ def _nulls(
     mine, found, warnings = settings.for_null(), list[tuple[Null, Gated]](), list[str]()
 
     def one(name: str, parts: Parts, fit_on: Examples, held: Examples, fallback: Fallback) -> None:
-        gated = fit(parts, fit_on, fallback, mine, progress=_named(progress, name))
+        gated = fit(parts, fit_on, fallback, mine, progress=_named(progress, name), keep=_within(keep, name))
         found.append((_null(name, judge(parts, gated, held, fallback, settings.seed)), gated))
 
     try:
@@ -198,6 +206,13 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
     if progress is None:
         return None
     return lambda title, done, of: progress(f"{name}: {title}", done, of)
+
+
+def _within(keep: Keep, null: str) -> Keep:
+    def one(name: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return keep(f"{null.split(maxsplit=1)[0]}-{name}", function, *args, **kwargs)
+
+    return one
 
 
 def _null(name: str, evidence: Evidence) -> Null:

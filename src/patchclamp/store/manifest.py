@@ -13,6 +13,8 @@ from patchclamp.store.codec import dumps
 
 NAME = "manifest.json"
 FORMAT = 1
+PIECE = "."
+"""Between the names of a step that is not done and of a finished piece of it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Manifest:
         digest: the identity of the question.
         task, model: what it is about, for lists of runs.
         created: when it began, ISO 8601.
-        steps: finished steps in the order in which they finished.
+        steps: finished steps in the order in which they finished, and finished pieces (STEP.PIECE) of one that is not.
         files: other files with their SHA-256.
         headline: what was found, once the study is kept.
         status: "unfinished" or "finished".
@@ -45,6 +47,11 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict[str, str])
     headline: str = ""
     status: str = "unfinished"
+
+    @property
+    def done(self) -> Mapping[str, Step]:
+        """Finished steps, without pieces of those that are not."""
+        return {name: step for name, step in self.steps.items() if PIECE not in name}
 
     def with_step(self, name: str, step: Step) -> "Manifest":
         return replace(self, steps={**self.steps, name: step})

@@ -6,6 +6,7 @@ report is made from.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +202,9 @@ def _gate(work: Work) -> None:
     """Learned gates: roles with their nulls, judged on prompts they were not fitted to."""
     split = work.split
     work.found["roles"] = work.run.step(
-        "roles", gating.roles, work.parts, split.fit, split.select, work.fallback, work.plan.gating, progress=work.told
-    )
+        "roles", gating.roles, work.parts, split.fit, split.select, work.fallback, work.plan.gating, progress=work.told,
+        keep=partial(work.run.piece, "roles"),
+    )  # fmt: skip
 
 
 def _discover(work: Work) -> None:
