@@ -9,6 +9,7 @@ import polars as pl
 from patchclamp.circuit import Circuit
 from patchclamp.report import figures
 from patchclamp.report.look import ROLES, clean
+from patchclamp.report.outline import outline
 from patchclamp.report.page import Figure, figure, signed
 from patchclamp.sites import Edge
 from patchclamp.store.codec import plain
@@ -27,13 +28,24 @@ _TABLE_ROWS = 24
 
 def context(record: Record) -> dict[str, Any]:
     """Everything that the template names."""
+    shown = _shown(record)
+    sections = outline(record, shown)
+    there = [section for section in sections if section.there]
+    absent = [section for section in sections if not section.there]
+    nav = [(section.id, section.title) for section in there]
+    nav[-1:-1] = [("absent", "Not tested")] if absent else []
+    return {**shown, "there": {section.id for section in there}, "absent_sections": absent, "sections": nav}
+
+
+def _shown(record: Record) -> dict[str, Any]:
     scores = record.scores
     return {
         "record": record,
         "maps": _maps(record),
         "scatters": _scatters(record, ("gradient", "integrated", "gate", "random")),
         "robust": _scatters(record, ("second", "shifted")),
-        "parts": _parts(scores),
+        "parts": _parts(scores, record.circuit),
+        "told": {name for name in ("role", "exact", "facilitation") if _has(scores, name)},
         "shown": _TABLE_ROWS,
         "roles": {role: (letter, _count(scores, role)) for role, (letter, _, _) in ROLES.items()},
         "null_figures": _nulls(record),
@@ -234,10 +246,13 @@ def _patterns(record: Record) -> list[Figure]:
     return [figure(f"pattern-{site}", figures.attention_pattern(record.patterns, i, "container"), site) for i, site in sites]
 
 
-def _parts(scores: pl.DataFrame) -> list[dict[str, Any]]:
-    """Rows of the table of parts: those with a role first, each by size of effect."""
-    rows = [clean(row) for row in scores.filter(pl.col("kind") != "embed").to_dicts()]
-    rows.sort(key=lambda row: (row.get("role") == "irrelevant", -abs(row.get("exact") or 0)))
+def _parts(scores: pl.DataFrame, circuit: Circuit | None) -> list[dict[str, Any]]:
+    """Rows of the table of parts: those with a role first, each by size of effect, those of the circuit before others."""
+    chosen = {str(part) for part in circuit or ()}
+    rows: list[dict[str, Any]] = [
+        {**clean(row), "chosen": row["site"] in chosen} for row in scores.filter(pl.col("kind") != "embed").to_dicts()
+    ]
+    rows.sort(key=lambda row: (row.get("role") == "irrelevant", -abs(row.get("exact") or 0), not row["chosen"]))
     return [{**row, "letter": ROLES.get(row.get("role") or "", ("",))[0], "effect": _effect(row)} for row in rows]
 
 
