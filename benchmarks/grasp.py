@@ -16,7 +16,12 @@ weights (1, 4), drift over all tokens (1) and at ends (4), `stream`, and gradien
 The bar for again 4, written before it was run: the t interval of what is left, over three seeds, lies below .5; new facts in style B .95
 or more; old facts at most .02 below the naive run's; and random directions of the same rank have more left in every seed.
 
-About 2 minutes of one core for each seed, 4 with --all.
+That bar failed, and two things were added then. Readout: the direction that reads the style off, known from its two tokens, and so no arm of the
+method; it says whether the search or the projection falls short. Said at the end: when it had said that the search does, the
+first direction of what the naive run says otherwise at prompts' ends, read back through the unembedding; its bar, written before it was run,
+is the same.
+
+About 2.5 minutes of one core for each seed, 3.5 with --all.
 """
 
 import argparse
@@ -143,15 +148,27 @@ def next_direction(base: Model, after: Model, seed: int, held: Tensor) -> Tensor
     return torch.linalg.svd(drift - drift @ u @ u.T).Vh[:1].T.float()
 
 
+def said_direction(base: Model, after: Model, seed: int) -> Tensor:
+    """[width, 1]: the first principal direction, not centred, of what is said otherwise at prompts' ends, read back into the stream:
+    (p' - p) W of each prompt, with p the output's distribution and W the unembedding with the last norm's gain. No label is read."""
+    told_apart = [torch.softmax(model.run(elsewhere(seed))[:, -1].double(), -1) for model in (base, after)]
+    weight: Any = base.anatomy.unembed.weight
+    read = (told_apart[1] - told_apart[0]) @ (weight * base.anatomy.norm.weight).detach().double()
+    return torch.linalg.svd(read).Vh[:1].T.float()
+
+
+def readout(base: Model) -> Tensor:
+    """[width]: what tells the styles apart behind the last norm: the difference of their unembeddings, with the norm's gain."""
+    weight: Any = base.anatomy.unembed.weight
+    return ((weight[IS + 1] - weight[IS]) * base.anatomy.norm.weight).detach()
+
+
 def explained(base: Model, after: Model, seed: int, basis: Tensor) -> dict[str, float]:
-    """Of what tells the styles apart behind the last norm, and of the drift at the ends of measured prompts: the share (of the squares)
-    that lies along the directions. Large in the second, though the writers are held: weights that read drive them."""
+    """Of what reads the style, and of the drift at the ends of measured prompts: the share (of the squares) that lies along the
+    directions. Large in the second, though the writers are held: weights that read drive them."""
     u = orthonormal(basis).float()
-    anatomy = base.anatomy
-    weight: Any = anatomy.unembed.weight
-    read = ((weight[IS + 1] - weight[IS]) * anatomy.norm.weight).detach()
     drift = moved(base, after, prompts(seed, HELD, tuple(range(RELATIONS)), 0)[:, :3])[:, -1]
-    return {name: float((x @ u).square().sum() / x.square().sum()) for name, x in (("readout", read), ("drift", drift))}
+    return {name: float((x @ u).square().sum() / x.square().sum()) for name, x in (("readout", readout(base)), ("drift", drift))}
 
 
 def arms(base: Model, naive: Model, seed: int, every: bool) -> dict[str, Grasp]:
@@ -166,7 +183,9 @@ def arms(base: Model, naive: Model, seed: int, every: bool) -> dict[str, Grasp]:
         found |= {f"weights {rank}": weight_directions(base, naive, rank).basis for rank in (1, 4)}
         found |= {"drift 1": drift_directions(base, naive, asked).basis}
         found |= {"drift at the end 4": drift_directions(base, naive, asked, 4, last=True).basis}
+    found |= {"said at the end 1": said_direction(base, naive, seed), "readout": readout(base)[:, None]}
     made = {f"grasp, {name}": Grasp(basis) for name, basis in found.items()}
+    made["grasp and stream, readout"] = Grasp(found["readout"], stream=True)
     if every:
         made["grasp and stream, drift at the end 1"] = Grasp(end, stream=True)
         made["gradients alone, drift at the end 1"] = Grasp(end, updates=False)

@@ -234,3 +234,15 @@ def test_a_sweep_is_runs_by_hand_and_a_broken_one_counts_as_no_learning(tmp_path
     assert again.table.filter(whole).equals(found.table.filter(whole)) and isinstance(again.table, pl.DataFrame)
     with pytest.raises(TrainingError, match="at least 3"):
         sweep_rates(build, Repeating(), plan, (1e-2, 1e-1), tmp_path / "few")
+
+
+def test_a_sweep_trains_with_the_loss_that_is_given_and_reports_that_of_the_next_token(tmp_path: Path):
+    """With a z-loss so strong that training by it ends elsewhere; beside a run by hand."""
+    plan, loss = replace(PLAN, steps=6, evaluate=6, checkpoints=(6,)), ZLoss(1.0)
+    found = sweep_rates(fresh, Repeating(), plan, (1e-3, 3e-3, 9e-3), tmp_path / "sweep", loss=loss, rows=16)
+    rows, ends = Repeating().rows(-1, 16), list[float]()
+    for given in (loss, next_token):
+        own = fresh()
+        train(own, Repeating(), replace(plan, rate=9e-3), tmp_path / f"own-{len(ends)}", loss=given)
+        ends.append(float(next_token(own.run(rows.tokens), rows)))
+    assert found.table["loss"][2] == pytest.approx(ends[0], rel=1e-6) and abs(ends[1] - ends[0]) > 0.01
