@@ -98,7 +98,9 @@ def play(count: int, length: int, draw: torch.Generator) -> Games:
     for _ in range(length):
         legal = moves(mine, yours)
         chosen = torch.where(squares(legal), torch.rand(count, SIDE**2, generator=draw), -1.0).argmax(1)
-        over = (legal == 0) & (moves(yours, mine) == 0)
+        over = legal == 0
+        if over.any():  # the other player is asked only where it matters
+            over = over & (moves(yours, mine) == 0)
         moved = torch.where(legal != 0, chosen, torch.where(over, OVER, PASSED))
         seen.append((moved, mine, yours, legal))
         disc = torch.where(legal != 0, 1 << BITS[chosen], 0)
