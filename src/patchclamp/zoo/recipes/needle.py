@@ -157,7 +157,7 @@ def build(seed: int = 0) -> Any:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = SHARED
+        model.model.embed_tokens.weight[:, 0] = SHARED
     return model
 
 
