@@ -143,7 +143,7 @@ def _row(one: "Recipe") -> dict[str, object]:
         "model": f"zoo/{one.name}",
         "row": one.row,
         "weights": there,
-        "minutes": one.minutes,
+        "minutes": round(one.minutes),
         "goal": str(one.goals[0]),
         "known": one.known,
     }
