@@ -8,6 +8,7 @@ from patchclamp.errors import PatchclampError
 from test_association import drawn, two_normal
 
 
+@pytest.mark.long
 def test_neural_information_is_extrapolated_towards_the_truth():
     """Five coordinates with rho .6 a side: 1.116 nat. The value at all rows falls short; the intercept must be nearer."""
     truth = -0.5 * 5 * np.log(1 - 0.36)

@@ -197,6 +197,7 @@ def test_the_calibration_is_of_this_machine(small: Model, ioi: Task):
     assert took / 4 < about < took * 4
 
 
+@pytest.mark.long
 def test_what_is_finished_costs_nothing_and_nothing_is_written(small: Model, ioi: Task, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     new = cost(small, ioi, PLAN, ("verify", "discover"))

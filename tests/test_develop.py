@@ -211,6 +211,7 @@ def test_the_command(cli, folder, tmp_path):
         assert code == 2 and words in err.replace("\n", " ") and not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.long
 def test_a_map_that_failed_is_tried_again_and_told_anew(folder, tmp_path, monkeypatch):
     """What was kept without it is not taken for the whole."""
     module = importlib.import_module("patchclamp.develop.follow")

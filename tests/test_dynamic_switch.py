@@ -82,6 +82,7 @@ def judged() -> Judged:
     return judge_dynamic(parts, fitted(), split.select, parts.fallback("resample"))
 
 
+@pytest.mark.long
 def test_moving_gates_explain_more_than_static_ones_with_as_many_open() -> None:
     table, advantage = judged().table.filter(pl.col("strength") < 0.4), judged().advantage
     assert judged().table.height == 12, "static gates are fitted at 3 and 10 times the highest price too"

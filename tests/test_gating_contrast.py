@@ -59,6 +59,7 @@ def test_what_hearing_needs_and_seeing_does_not_is_isolated(controls: bool) -> N
     assert (rows["high_a"] < 0.05).all() and (rows["low_b"] > 0.95).all()
 
 
+@pytest.mark.long
 def test_each_formats_own_pathway_is_isolated() -> None:
     """The same maps, told by an instruction or shown by three examples: what brings the rule differs, what applies it is shared.
 

@@ -66,6 +66,7 @@ def test_known_roles_are_found_in_every_seed(family: str, name: str) -> None:
         assert said.irrelevant[:, places].sum() == 3
 
 
+@pytest.mark.long
 def test_roles_stand_on_a_model_with_a_helper_and_an_opponent() -> None:
     result = found("interfering")
     truth = built("gpt2", "interfering")[0]

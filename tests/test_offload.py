@@ -134,6 +134,7 @@ def test_the_digest_is_of_the_weights_wherever_they_are(name: str, tmp_path: Pat
         load(next(name for name in tensors if name == "weight"))
 
 
+@pytest.mark.long
 def test_a_sweep_over_an_offloaded_model(tmp_path: Path) -> None:
     """The whole map, its digest and its scores are those of the model in one piece."""
     truth = wired("interfering")
@@ -185,6 +186,7 @@ os._exit(0)  # gloo's threads, taken down as the interpreter ends, sometimes abo
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no torch.distributed")
 def test_tensor_parallel_models_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)

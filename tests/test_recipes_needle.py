@@ -165,6 +165,7 @@ def test_retrieval_wired_by_hand_is_found_and_without_its_keys_is_not() -> None:
     assert max(needle.retrieval(model, rows).values()) < needle.COPIES and not needle.heads(model, rows)
 
 
+@pytest.mark.long
 def test_little_is_found_in_random_weights() -> None:
     """No head retrieves, all heads are said to be too many, and what is lost without them was not there."""
     findings = needle.found(Model.load(needle.build(0)), 0)

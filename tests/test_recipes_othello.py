@@ -306,6 +306,7 @@ def test_a_board_in_black_and_white_is_told_from_mine_and_yours() -> None:
     assert othello.by_layer(Planted(coloured=True), 0, colours=True)[0] == {"board": 1.0, "discs": 1.0}
 
 
+@pytest.mark.long
 def test_little_is_found_before_training() -> None:
     """The bar of shipped recipes, for this one: at most half of the claims hold, and not the first."""
     findings = othello.found(Model.load(othello.build(0)), 0)

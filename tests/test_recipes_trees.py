@@ -182,6 +182,7 @@ def test_the_wired_chainer_looks_at_an_edge_a_layer() -> None:
     torch.testing.assert_close(seen, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.long
 def test_a_broken_chain_is_not_found() -> None:
     """Where every layer begins anew from the goal, goals up to two edges away are right; of farther ones the parent is said."""
     model = wired(broken=True)
@@ -196,6 +197,7 @@ def test_a_broken_chain_is_not_found() -> None:
     )
 
 
+@pytest.mark.long
 def test_random_weights_find_nothing() -> None:
     claims = by_claim(Model.load(recipe("trees").build(1)))
     named = ("a probe at", "ancestor 3", "with another goal's state at the root", "an edge of the other branch")

@@ -138,6 +138,7 @@ def test_parts_are_chosen_and_hubs_closed_on_prompts_that_are_not_judged():
     assert relate._chosen(labels, samples, 2) == ["L0.h1", "L0.h3"]
 
 
+@pytest.mark.long
 def test_what_relate_will_take_is_what_it_takes(monkeypatch: pytest.MonkeyPatch):
     """By multiplications, to a tenth; pairs to a third, for which parts they are of is not known before.
 
@@ -158,6 +159,7 @@ def test_what_relate_will_take_is_what_it_takes(monkeypatch: pytest.MonkeyPatch)
     assert real[""] == pytest.approx(predicted[""][0], rel=CLOSE, abs=1)  # the mean of the second fallback
 
 
+@pytest.mark.long
 def test_values_and_a_screen_are_asked_for_by_name(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Shapley values of three parts add up to closing all three; a screen's pairs are measured as close_pairs measures them."""
     monkeypatch.setattr(relate, "SHUT", 0.2)  # masks that close more are fewer

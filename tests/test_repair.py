@@ -110,6 +110,7 @@ def test_shares_have_exact_intervals():
     assert Share.of(np.zeros(0, dtype=bool)).share is None
 
 
+@pytest.mark.long
 def test_the_command_says_what_repairs(cli, broken: tuple[Nodes, Examples, Examples], tmp_path: Path):
     parts, _, _ = broken
     parts.model.hf.save_pretrained(tmp_path / "broken")

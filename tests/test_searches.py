@@ -84,6 +84,7 @@ def test_greedy_refuses_what_makes_no_sense():
         prune(parts, still, parts.fallback("resample"), 0.5)
 
 
+@pytest.mark.long
 def test_a_mask_at_a_wanted_sparsity_is_the_planted_circuit():
     """Of the wired model's edges exactly three carry anything: a mask that closes all but about five keeps them."""
     parts, some = setting("induction", "edges")

@@ -133,6 +133,7 @@ def test_the_command_contrasts_two_tasks(cli, tmp_path: Path):
     assert code == 2 and "No such option" in err
 
 
+@pytest.mark.long
 def test_the_command_learns_sets_and_tells_several_that_suffice(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small = gating_settings("default", seeds=2, batch=8, free=Stage(6, 1.0, 0.2), pressed=Stage(8, 0.8, 0.2), refits=0)
     monkeypatch.setitem(PRESETS, "default", small)

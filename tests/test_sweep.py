@@ -278,6 +278,7 @@ def test_what_was_interrupted_goes_on(case: Callable[..., Case], tmp_path: Path,
 # --- pieces
 
 
+@pytest.mark.long
 def test_pieces_give_the_same_numbers_bit_for_bit(case: Callable[..., Case], tmp_path: Path):
     asked = case(0, FIND, n=600)  # 150 prompts to confirm on: two whole batches and a part
     whole, out = sweep([asked], tmp_path / "whole").rows[0], tmp_path / "pieces"
