@@ -293,8 +293,9 @@ def headline(found: Found) -> str:
         text += (f"; {len(found.circuit)} of its {found.parts} {found.noun} keep {found.trusted.faithfulness.mean:.0%} of that "
                  f"(random sets of the same size {found.trusted.random.mean:.0%})")  # fmt: skip
     elif found.circuit is not None:
-        text += (f"; {len(found.circuit)} of its {found.parts} {found.noun} were found to keep at least {found.wanted:.0%} of that, which was "
-                 "not judged on unseen prompts")  # fmt: skip
+        text += (
+            f"; a circuit of {len(found.circuit)} of its {found.parts} {found.noun} was found and not judged on unseen prompts"
+        )
     if found.exact is not None and not found.exact.too_few:
         best = found.exact.table.sort(pl.col("score").abs(), descending=True).row(0, named=True)
         text += f"; closing {best['site']} alone {'takes' if best['score'] > 0 else 'adds'} most ({abs(best['score']):.2f} of {base.metric})"

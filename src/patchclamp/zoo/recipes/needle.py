@@ -267,16 +267,6 @@ def found(model: "Model", seed: int = 0) -> tuple[Finding, ...]:
     )  # fmt: skip
 
 
-def reach(model: "Model", seed: int = 0, lengths: tuple[int, ...] = (48, LENGTH, 144, 2 * LENGTH)) -> dict[int, dict[str, float]]:
-    """By length of the row: accuracy of needles, and the best head's retrieval score; two forward passes over 128 rows each."""
-    found = dict[int, dict[str, float]]()
-    for length in lengths:
-        rows = Needles(seed, length, again=False).rows(-3, 128)
-        right = judged(model.run(rows.tokens), rows.tokens, behind(rows, "find"))["accuracy"]
-        found[length] = {"accuracy": right, "retrieval": max(retrieval(model, rows).values())}
-    return found
-
-
 RECIPES = (
     Recipe(
         name="needle",
