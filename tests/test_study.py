@@ -142,6 +142,9 @@ def test_a_part_of_a_map_can_be_asked_for(truth: Wired, model: Model):
     assert "integrated" in some.scores.columns and "role" not in some.scores.columns and some.circuit is None
     with pytest.raises(PatchclampError, match="gate, attribute, verify, discover, trust"):
         map(model, truth.task, PLAN, do=("guess",))
+    found = map(model, truth.task, PLAN, do=("discover",))
+    assert found.circuit is not None and found.record.trust is None
+    assert f"a circuit of {len(found.circuit)} of its" in found.record.headline and "not judged" in found.record.headline
 
 
 def test_denoising_and_other_fallbacks(truth: Wired, model: Model):
